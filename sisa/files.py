@@ -1,0 +1,182 @@
+"""Writing, publishing and removing files so that a crash leaves the old state or the new one.
+
+The order is always: write beside the target, fsync the file, rename, fsync the folder. Removal renames
+first, so that a half-removed folder never carries the name of a whole one. Names that start with
+``TEMPORARY`` are nobody's: whoever holds the lock of a folder may sweep them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sisa.errors import BusyError
+
+TEMPORARY = "tmp-"
+"""Prefix of files and folders that are not (or no longer) part of the store."""
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return an unused name in the folder of ``path`` that marks something unfinished."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+
+
+def fsync_path(path: Path) -> None:
+    """Make the bytes (or, for a folder, the names) at ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replace the file at ``path`` by ``content``, whole or not at all."""
+    scratch = temporary_beside(path)
+    try:
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a scratch path to write to; on success it durably replaces ``path``, else it is removed."""
+    scratch = temporary_beside(path)
+    try:
+        yield scratch
+        fsync_path(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create ``path`` and its missing parents, each of them durable."""
+    missing = [folder for folder in [path, *path.parents] if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync_path(folder.parent)
+
+
+def publish_folder(scratch: Path, target: Path) -> None:
+    """Make everything under ``scratch`` durable, then give it the name ``target``.
+
+    Raises:
+        FileExistsError: ``target`` is there already; ``scratch`` is left as it was.
+    """
+    for folder, _, names in os.walk(scratch, topdown=False):
+        for name in names:
+            fsync_path(Path(folder, name))
+        fsync_path(Path(folder))
+    if target.exists():
+        raise FileExistsError(target)
+    os.rename(scratch, target)
+    fsync_path(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing happens if it is gone already.
+
+    A folder is renamed first: if we are killed half-way, what is left has a temporary name.
+    """
+    if path.is_dir() and not path.is_symlink():
+        doomed = path if path.name.startswith(TEMPORARY) else temporary_beside(path)
+        if doomed is not path:
+            os.rename(path, doomed)
+            fsync_path(path.parent)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+    if path.parent.exists():
+        fsync_path(path.parent)
+
+
+def sweep_temporary(folder: Path) -> list[Path]:
+    """Remove everything directly in ``folder`` whose name marks it as unfinished; return what went."""
+    if not folder.is_dir():
+        return []
+    doomed = sorted(path for path in folder.iterdir() if path.name.startswith(TEMPORARY))
+    for path in doomed:
+        remove(path)
+    return doomed
+
+
+class FileLock:
+    """An advisory lock (``flock``) that the kernel releases when its holder dies.
+
+    The file stays: unlinking a lock file lets two holders in. It names its last holder's process, so
+    that somebody who has to wait can be told for whom.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, *, timeout_s: float | None = None, poll: Callable[[], None] | None = None) -> None:
+        """Take the lock; ``timeout_s`` of None waits for ever, 0 doesn't wait.
+
+        ``poll`` is called between tries, some 20 times a second.
+
+        Raises:
+            BusyError: Someone else still held it when the time was up.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if deadline is not None and time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    raise BusyError(
+                        f"another operation holds {self.path.name} ({self.holder()})",
+                        hint="Wait until it ends, then run the command again.",
+                    ) from None
+                if poll is not None:
+                    poll()
+                time.sleep(0.05)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let the lock go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def holder(self) -> str:
+        """Say who took the lock last, for a message."""
+        try:
+            return self.path.read_text() or "unknown holder"
+        except OSError:
+            return "unknown holder"
+
+    @contextlib.contextmanager
+    def held(
+        self, *, timeout_s: float | None = None, poll: Callable[[], None] | None = None
+    ) -> Iterator[FileLock]:
+        """Hold the lock for the length of a ``with`` block."""
+        self.acquire(timeout_s=timeout_s, poll=poll)
+        try:
+            yield self
+        finally:
+            self.release()

@@ -1,0 +1,39 @@
+"""The frozen description of a training: what the user writes, validated all at once."""
+
+from sisa.recipe.identity import difference, recipe_digest, training_identity
+from sisa.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from sisa.recipe.schema import (
+    BUILTIN_MODELS,
+    ColumnSpec,
+    DataSpec,
+    HoldoutSpec,
+    ImageSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    RoutingSpec,
+    ScheduleSpec,
+    SisaSpec,
+    TrainingSpec,
+)
+
+__all__ = [
+    "BUILTIN_MODELS",
+    "ColumnSpec",
+    "DataSpec",
+    "HoldoutSpec",
+    "ImageSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "Recipe",
+    "RoutingSpec",
+    "ScheduleSpec",
+    "SisaSpec",
+    "TrainingSpec",
+    "difference",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_digest",
+    "training_identity",
+]

@@ -1,0 +1,61 @@
+"""What of a recipe determines training, and the digest of exactly that.
+
+Left out on purpose: the store's place, where sources lie, where the routing key lies, and how answers
+are aggregated. The routing key itself enters the lineage through the keyed digests of the records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from sisa.recipe.schema import Recipe
+
+
+def training_identity(recipe: Recipe) -> dict[str, Any]:
+    """Return the part of a resolved recipe that determines training, as plain data."""
+    content = recipe.model_dump(mode="json")
+    data = content["data"]
+    del data["source"]
+    data["holdout"] = {"fraction": recipe.data.holdout.fraction, "second": recipe.data.holdout.source is not None}
+    data["subject_id"] = recipe.data.subject_column
+    data["classes"] = recipe.data.class_names
+    return {
+        "data": data,
+        "model": content["model"],
+        "training": content["training"],
+        "shards": recipe.sisa.shards,
+        "slices": recipe.sisa.slices,
+    }
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 (hex) of the canonical JSON of :func:`training_identity`."""
+    text = json.dumps(training_identity(recipe), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def difference(stored: Recipe, asked: Recipe) -> list[str]:
+    """Name each field in which two resolved recipes differ, with both values; empty if none does."""
+    old = {**training_identity(stored), "aggregation": stored.sisa.aggregation}
+    new = {**training_identity(asked), "aggregation": asked.sisa.aggregation}
+    left, right = _flat(old), _flat(new)
+    return [
+        f"{_named(path)}: the store has {left.get(path, 'nothing')!r}, asked for {right.get(path, 'nothing')!r}"
+        for path in sorted(left.keys() | right.keys())
+        if left.get(path) != right.get(path)
+    ]
+
+
+def _named(path: str) -> str:
+    return f"sisa.{path}" if path in {"shards", "slices", "aggregation"} else path
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        flat: dict[str, object] = {}
+        for name, child in value.items():
+            flat.update(_flat(child, f"{path}.{name}" if path else str(name)))
+        return flat
+    return {path: value}

@@ -1,0 +1,345 @@
+"""The fields of a recipe. Frozen, no unknown fields, checked on construction.
+
+Field names are the YAML's. A recipe as a user writes it may say ``features: "*"`` and leave column types
+to the table's schema; :meth:`Recipe.resolved` gives the recipe with both spelled out, which is what a
+store keeps and what its digest is taken over.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+
+from sisa.planning.epochs import largest_slices
+
+BUILTIN_MODELS = ("mlp", "cnn", "logistic")
+RESERVED_PREFIX = "_sisa_"
+"""Column names that start like this are ours."""
+
+Positive = Annotated[StrictInt, Field(ge=1)]
+Label = StrictBool | StrictInt | StrictStr
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class HoldoutSpec(Section):
+    """Rows that are never trained on and measure accuracy; people's rows all the same."""
+
+    fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of *subjects* to hold out, chosen by keyed hash."""
+    source: str | None = None
+    """A second table to measure on, instead of a fraction of the first."""
+
+    @field_validator("fraction", mode="before")
+    @classmethod
+    def _whole_numbers_too(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> HoldoutSpec:
+        if self.source is not None and self.fraction > 0:
+            raise ValueError("give either fraction or source, not both")
+        return self
+
+
+class ImageSpec(Section):
+    """Shape of the one fixed-size-list feature that is an image, stored row by row, channels last."""
+
+    height: Positive
+    width: Positive
+    channels: Positive = 1
+
+
+class ColumnSpec(Section):
+    """What one feature column is, where the table's schema doesn't say or something else is wanted."""
+
+    type: Literal["numeric", "categorical", "vector"] | None = None
+    """How to read it; by default from the schema. CSV has no schema: there it must be given."""
+    size: Positive | None = None
+    """Length of a vector; taken from the schema."""
+    mean: float | None = None
+    """With ``std``: scale as (x - mean) / std. By default both are fitted on the shard's first
+    non-empty slice and frozen for its chain. ``mean: 0, std: 1`` leaves the numbers as they are."""
+    std: float | None = Field(default=None, gt=0.0)
+    values: list[StrictStr] | None = None
+    """Categories; by default those of the shard's first non-empty slice, frozen for its chain."""
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _whole_numbers_too(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _not_yet(cls, value: object) -> object:
+        if value in {"text", "list", "timestamp", "date", "string"}:
+            raise ValueError(f"{value!r} is not supported yet; expected numeric, categorical or vector")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ColumnSpec:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both, or neither")
+        if self.values is not None and (self.mean is not None or self.type in {"numeric", "vector"}):
+            raise ValueError("values are for categorical columns, mean and std for numbers: not both")
+        if self.mean is not None and self.type == "categorical":
+            raise ValueError("mean and std are for numeric and vector columns, not for categorical ones")
+        if self.values is not None and len(set(self.values)) != len(self.values):
+            raise ValueError("values are listed twice")
+        return self
+
+
+class DataSpec(Section):
+    """The table of records and what its columns are."""
+
+    source: str
+    """Path, glob or ``builtin:digits``. Parquet, CSV or Arrow IPC."""
+    record_id: StrictStr
+    """Column that names a row; each value occurs once."""
+    subject_id: StrictStr | None = None
+    """Column that names the person; by default the record itself."""
+    label: StrictStr
+    classes: list[Label] | None = Field(default=None, min_length=2)
+    """The classes, declared. Never inferred: the only member of a class may ask to be deleted."""
+    features: list[StrictStr] | Literal["*"]
+    holdout: HoldoutSpec = HoldoutSpec()
+    image: ImageSpec | None = None
+    columns: dict[StrictStr, ColumnSpec] = Field(default_factory=dict)
+
+    @property
+    def subject_column(self) -> str:
+        """The column that names the person."""
+        return self.subject_id or self.record_id
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes as text, in declared order."""
+        return [label_text(value) for value in self.classes or []]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSpec:
+        problems: list[str] = []
+        names = self.class_names
+        problems += [f"classes: {name!r} is listed twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        if self.features != "*":
+            listed = list(self.features)
+            if not listed:
+                problems.append("features: expected at least one column, or \"*\"")
+            problems += [f"features: {n!r} is listed twice" for n in sorted({n for n in listed if listed.count(n) > 1})]
+            for field, column in [("record_id", self.record_id), ("subject_id", self.subject_id), ("label", self.label)]:
+                if column in listed:
+                    problems.append(f"features: {column!r} is the {field}; a model must not be trained on it")
+            problems += [
+                f"columns.{name}: no such feature; expected one of {', '.join(listed)}"
+                for name in self.columns
+                if name not in listed
+            ]
+            if self.image is not None and len(listed) != 1:
+                problems.append(f"image: expected exactly one feature, the image; got {len(listed)}")
+        if self.label in {self.record_id, self.subject_id}:
+            problems.append(f"label: {self.label!r} is also an id column")
+        problems += [f"features: {n!r}: names starting with {RESERVED_PREFIX!r} are reserved"
+                     for n in (self.features if self.features != "*" else []) if n.startswith(RESERVED_PREFIX)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class ModelSpec(Section):
+    """A built-in model by name, or a factory that the user brings."""
+
+    name: Literal["mlp", "cnn", "logistic"] | None = None
+    factory: str | None = None
+    """``my_package.models:build``, called as ``build(feature_shape, class_count, **options)``."""
+    options: dict[StrictStr, Any] = Field(default_factory=dict)
+    """Keyword arguments for the factory."""
+    hidden: list[Positive] | None = None
+    """Widths of hidden layers (mlp: default [128]; cnn: default [64])."""
+    channels: list[Positive] | None = None
+    """Channels of the convolutions (cnn; default [16, 32])."""
+    activation: Literal["relu", "tanh", "gelu", "silu"] | None = None
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    batch_norm: bool = False
+
+    @field_validator("dropout", mode="before")
+    @classmethod
+    def _whole_numbers_too(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        problems: list[str] = []
+        if (self.name is None) == (self.factory is None):
+            problems.append("expected either name (mlp, cnn, logistic) or factory (package.module:function)")
+        if self.factory is not None:
+            module, _, function = self.factory.partition(":")
+            if not all(part.isidentifier() for part in [*module.split("."), function]):
+                problems.append(f"factory: expected package.module:function, got {self.factory!r}")
+        allowed = {
+            "mlp": {"hidden", "activation", "dropout", "batch_norm"},
+            "cnn": {"hidden", "channels", "activation", "dropout", "batch_norm"},
+            "logistic": set(),
+            None: {"options"},
+        }[self.name]
+        settings = {"hidden", "channels", "activation", "dropout", "batch_norm", "options"}
+        unused = sorted((self.model_fields_set & settings) - allowed - {f for f in settings if not getattr(self, f)})
+        if unused:
+            problems.append(f"{', '.join(unused)}: not a setting of {self.name or 'a factory (use options)'}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class OptimizerSpec(BaseModel):
+    """``sgd``, ``adam``, ``adamw`` or a ``torch.optim`` class by dotted name; other fields are its arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    name: StrictStr
+    lr: float = Field(gt=0.0)
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f"expected a number, got the text {value!r} (YAML reads 1e-3 as text: write 1.0e-3)")
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerSpec:
+        _check_arguments(self.name, self.arguments, KNOWN_OPTIMIZERS, "torch.optim.")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments besides ``lr``."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleSpec(BaseModel):
+    """How the learning rate falls, epoch by epoch along the chain; other fields are its arguments.
+
+    ``step``, ``exponential``, ``cosine`` (over the recipe's own number of epochs), or a class of
+    ``torch.optim.lr_scheduler`` by dotted name that needs no metric.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    name: StrictStr
+
+    @model_validator(mode="after")
+    def _known(self) -> ScheduleSpec:
+        if self.name.endswith("ReduceLROnPlateau"):
+            raise ValueError("a schedule that follows a validation metric would let held-out records steer training")
+        _check_arguments(self.name, self.arguments, KNOWN_SCHEDULES, "torch.optim.lr_scheduler.")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The schedule's own settings."""
+        return dict(self.model_extra or {})
+
+
+KNOWN_OPTIMIZERS: dict[str, frozenset[str]] = {
+    "sgd": frozenset({"momentum", "dampening", "weight_decay", "nesterov"}),
+    "adam": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
+    "adamw": frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
+}
+KNOWN_SCHEDULES: dict[str, frozenset[str]] = {
+    "step": frozenset({"step_size", "gamma"}),
+    "exponential": frozenset({"gamma"}),
+    "cosine": frozenset({"eta_min"}),
+}
+
+
+def _check_arguments(name: str, arguments: dict[str, Any], known: dict[str, frozenset[str]], prefix: str) -> None:
+    if name not in known:
+        if not name.startswith(prefix):
+            raise ValueError(f"name: expected one of {', '.join(known)} or {prefix}CLASS, got {name!r}")
+        return
+    unknown = sorted(set(arguments) - known[name])
+    if unknown:
+        expected = ", ".join(sorted(known[name] | ({"lr"} if prefix == "torch.optim." else set())))
+        raise ValueError(f"{', '.join(unknown)}: not an argument of {name}; expected {expected}")
+    texts = [key for key, value in arguments.items() if isinstance(value, str)]
+    if texts:
+        raise ValueError(f"{', '.join(texts)}: expected a number, got a text (YAML reads 1e-3 as text: write 1.0e-3)")
+
+
+class TrainingSpec(Section):
+    """The budget and the optimiser of every constituent."""
+
+    epochs: Positive
+    """Passes over all the data that an unsliced training would make (the paper's e')."""
+    batch_size: Positive
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec | None = None
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Positive = 1
+    """Threads of one worker. Another number gives other bits, so it belongs to the recipe."""
+
+
+class SisaSpec(Section):
+    """Sharding, slicing and how the constituents' posteriors become one answer."""
+
+    shards: Annotated[StrictInt, Field(ge=1, le=9999)]
+    slices: Annotated[StrictInt, Field(ge=1, le=99)]
+    aggregation: Literal["mean", "vote"] = "mean"
+
+
+class RoutingSpec(Section):
+    """Where the secret behind the routing comes from."""
+
+    key_file: str | None = None
+    """File with the key; if null one is made at STORE/keys/routing.key."""
+
+
+class Recipe(Section):
+    """Everything that a training is asked to be."""
+
+    store: str | None = None
+    """Where the trained ensemble lies; no part of its identity."""
+    data: DataSpec
+    model: ModelSpec
+    training: TrainingSpec
+    sisa: SisaSpec
+    routing: RoutingSpec = RoutingSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems: list[str] = []
+        most = largest_slices(self.training.epochs)
+        if self.sisa.slices > most:
+            problems.append(
+                f"sisa.slices: {self.sisa.slices} slices need more than {self.training.epochs} epochs "
+                f"(2 * epochs / (slices + 1) must be at least 1); the largest number for "
+                f"{self.training.epochs} epochs is {most}"
+            )
+        if self.model.name == "cnn" and self.data.image is None:
+            problems.append("model.name: cnn needs data.image: {height: ..., width: ..., channels: ...}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def resolved(self, columns: dict[str, ColumnSpec]) -> Recipe:
+        """Return this recipe with its features listed and every column's type and size spelled out.
+
+        Args:
+            columns: One entry per feature, in order, ``type`` set (and ``size`` of a vector).
+        """
+        data = self.data.model_copy(update={"features": list(columns), "columns": dict(columns)})
+        return self.model_copy(update={"data": data})
+
+
+def label_text(value: bool | int | str) -> str:
+    """The one text form of a class label: what a label column's values are compared with."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return unicodedata.normalize("NFC", str(value))
