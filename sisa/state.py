@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 """What a scalar of a state may be: plain data that JSON gives back unchanged; no NaN, no infinity."""
 
 ANSWERING = ("model.", "buffer.", "preprocess.")
