@@ -99,6 +99,6 @@ class Layout:
         """Held for the moment in which rows of this shard are rewritten."""
         return self.lock(f"rows-{shard:04d}")
 
-    def stop_mark(self, shard: int) -> Path:
-        """While this file exists, training of this shard stops at its next step."""
-        return self.locks / f"shard-{shard:04d}.stop"
+    def stop_marks(self, shard: int) -> Path:
+        """A folder: while a file lies in it, one per deletion, training of this shard stops at its next step."""
+        return self.locks / f"stop-{shard:04d}"

@@ -1,0 +1,150 @@
+"""The build system for weights: make the stages that the records call for, wherever chains run.
+
+Each stage that a worker reports is entered into the ledger only if no deletion touched its slices since
+the chain was planned. A shard that a deletion overtook is reported as interrupted: the caller settles
+the deletion and builds again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sisa.errors import DamagedError, SisaError, StaleError
+from sisa.execution.inline import run_inline
+from sisa.execution.options import Execution
+from sisa.layout import HOLDOUT_SLICE
+from sisa.ledger import Partition, StageRow
+from sisa.opening import OpenStore
+from sisa.planning.cost import chain_record_epochs
+from sisa.planning.epochs import epoch_budget
+from sisa.progress import Reporter
+from sisa.routing.keys import shard_keys
+from sisa.training.chain import ChainTask
+from sisa.training.events import Event, StageDone, Trained
+from sisa.training.stage import Stopped
+
+
+@dataclass
+class Build:
+    """What a build did."""
+
+    trained: list[StageRow] = field(default_factory=list)
+    reused: list[StageRow] = field(default_factory=list)
+    interrupted: set[int] = field(default_factory=set)
+    """Shards that a deletion overtook."""
+    failures: dict[int, SisaError] = field(default_factory=dict)
+    used_ray: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to build and how to treat what is there."""
+
+    shards: Sequence[int]
+    code: str
+    platform: str
+    checkpoints: Path
+    enter: bool = True
+    """Enter stages into the ledger; a replay doesn't."""
+    read_reused: bool = False
+    heal: bool = False
+
+
+def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Reporter, what: str) -> Build:
+    """Run the chains of the planned shards and enter their stages into the ledger.
+
+    Args:
+        store: The store.
+        plan: What to build.
+        execution: Where chains run.
+        reporter: Who wants to know.
+        what: What the progress bar says.
+    """
+    partitions = {shard: _trained_slices(store, shard) for shard in plan.shards}
+    tasks = [_task(store, plan, shard, partitions[shard]) for shard in plan.shards]
+    work = {task.shard: _work_left(store, plan, task) for task in tasks}
+    tasks.sort(key=lambda task: -work[task.shard])  # longest first
+    done = Build()
+    collect = _Collector(store, plan, partitions, done, reporter)
+    total = sum(work.values())
+    reporter.begin(what, total)
+    try:
+        done.used_ray = execution.uses_ray(store.recipe, chains=len(tasks), record_epochs=total)
+        if done.used_ray:
+            from sisa.execution.cluster import run_on_ray  # noqa: PLC0415 - Ray only where it is used
+
+            workers = execution.worker_count(len(tasks))
+            run_on_ray(tasks, collect.event, collect.failure, address=execution.address, workers=workers)
+        else:
+            run_inline(tasks, collect.event, collect.failure)
+    finally:
+        reporter.end()
+    return done
+
+
+class _Collector:
+    """Takes the chains' events on the driver's side."""
+
+    def __init__(
+        self, store: OpenStore, plan: Plan, partitions: dict[int, list[Partition]], done: Build, reporter: Reporter
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._changes = {shard: {p.slice: p.changes for p in slices} for shard, slices in partitions.items()}
+        self._done = done
+        self._reporter = reporter
+
+    def event(self, event: Event) -> None:
+        """Enter a stage, or pass progress on."""
+        if isinstance(event, Trained):
+            self._reporter.advance(event.record_epochs)
+            return
+        row = event.row
+        if self._plan.enter and not self._store.ledger.stages.enter(row, changes=self._changes[row.shard]):
+            self._done.interrupted.add(row.shard)
+            return
+        (self._done.reused if event.reused else self._done.trained).append(row)
+
+    def failure(self, shard: int, error: SisaError) -> None:
+        """Sort what ended a chain: a deletion that overtook it, or a fault."""
+        slices = self._store.slices
+        overtaken = self._store.ledger.stages.overtaken(shard, slices, changes=self._changes[shard])
+        if isinstance(error, Stopped) or overtaken:
+            self._done.interrupted.add(shard)
+        elif isinstance(error, StaleError):
+            self._done.failures[shard] = DamagedError(error.message, hint=error.hint)
+        else:
+            self._done.failures[shard] = error
+
+
+def _trained_slices(store: OpenStore, shard: int) -> list[Partition]:
+    return [p for p in store.ledger.partitions.all(shard) if p.slice != HOLDOUT_SLICE]
+
+
+def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> ChainTask:
+    known = {row.key: row.full_digest for row in store.ledger.stages.all(shard) if row.platform == plan.platform}
+    return ChainTask(
+        root=str(store.layout.root),
+        checkpoints=str(plan.checkpoints),
+        recipe=store.recipe,
+        recipe_digest=store.recipe_digest,
+        keys=shard_keys(store.keys.routing, shard),
+        code=plan.code,
+        platform=plan.platform,
+        memberships=tuple(p.membership for p in slices),
+        records=tuple(p.records for p in slices),
+        known=known if plan.enter else {},
+        read_reused=plan.read_reused,
+        heal=plan.heal,
+    )
+
+
+def _work_left(store: OpenStore, plan: Plan, task: ChainTask) -> int:
+    """Record-epochs from the first stage that the ledger doesn't know."""
+    rows = store.ledger.stages.all(task.shard) if plan.enter else []
+    there = {r.stage for r in rows if not r.tainted and (r.code, r.platform) == (plan.code, plan.platform)}
+    first = next((s for s in range(1, store.slices + 1) if s not in there), store.slices + 1)
+    budget = epoch_budget(epochs=store.recipe.training.epochs, slices=store.slices)
+    return chain_record_epochs(task.records, budget, first_stage=first)

@@ -1,0 +1,178 @@
+"""Running chains as Ray tasks. The only module that imports Ray.
+
+A task gets a folder, numbers and one shard's derived keys; rows never pass through Ray, so that none can
+stay in its object store, spill files or logs. A chain is idempotent: when a worker dies its chain is
+submitted again and finds its finished stages. Events come back through a streaming generator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sisa.errors import SisaError, StoreError, UserError
+from sisa.execution.inline import OnFailure
+from sisa.training.chain import ChainTask, run_chain
+from sisa.training.events import Event, Report, Trained
+
+TRIES = 4
+"""How often a chain is submitted before the death of its workers is reported."""
+EVENT_INTERVAL_S = 0.3
+"""Progress is sent no more often than this."""
+
+
+def run_on_ray(
+    tasks: Sequence[ChainTask],
+    report: Report,
+    on_failure: OnFailure,
+    *,
+    address: str | None,
+    workers: int,
+) -> None:
+    """Run the chains on a Ray cluster, at most ``workers`` at a time, in the order given.
+
+    Raises:
+        UserError: There is no cluster at ``address``.
+        StoreError: Workers of one chain died again and again.
+    """
+    with _connected(address, workers) as ray:
+        remote = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")(_chain_events)
+        waiting = [(task, 1) for task in tasks]
+        running: dict[Any, tuple[ChainTask, int]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    task, attempt = waiting.pop(0)
+                    running[remote.remote(task, _import_paths())] = (task, attempt)
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+                for stream in ready:
+                    task, attempt = running[stream]
+                    ended = _take(ray, stream, report, on_failure, task)
+                    if ended == "running":
+                        continue
+                    del running[stream]
+                    if ended == "died":
+                        if attempt == TRIES:
+                            on_failure(task.shard, _died(task))
+                        else:
+                            waiting.append((task, attempt + 1))
+        finally:
+            for stream in running:
+                with contextlib.suppress(Exception):
+                    ray.cancel(stream, force=True)
+
+
+def _take(ray: Any, stream: Any, report: Report, on_failure: OnFailure, task: ChainTask) -> str:
+    """Take one item from a chain's stream; say whether the chain is running, ended or died."""
+    try:
+        item = ray.get(next(stream))
+    except StopIteration:
+        return "ended"
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError,
+            ray.exceptions.OutOfMemoryError, ray.exceptions.TaskUnschedulableError):  # fmt: skip
+        return "died"
+    if isinstance(item, SisaError):
+        on_failure(task.shard, item)
+    else:
+        for event in item:
+            report(event)
+    return "running"
+
+
+def _died(task: ChainTask) -> StoreError:
+    return StoreError(
+        f"the workers that trained shard {task.shard} died {TRIES} times",
+        hint="They may run out of memory: look at Ray's logs, or use fewer --workers. What was trained is kept.",
+    )
+
+
+def _chain_events(task: ChainTask, import_paths: list[str]) -> Iterator[list[Event] | SisaError]:
+    """Run a chain on a thread of the worker and hand out its events as they come."""
+    sys.path.extend(path for path in import_paths if path not in sys.path)
+    events: queue.SimpleQueue[Event | SisaError | BaseException | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            run_chain(task, events.put)
+        except BaseException as error:  # noqa: BLE001 - handed over to the main thread, which raises it
+            events.put(error)
+        events.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    pending: list[Event] = []
+    trained, last = 0, time.monotonic()
+    while (event := events.get()) is not None:
+        if isinstance(event, SisaError):
+            yield event
+        elif isinstance(event, BaseException):
+            raise event
+        elif isinstance(event, Trained):
+            trained += event.record_epochs
+        else:
+            pending.append(event)
+        if pending or time.monotonic() - last > EVENT_INTERVAL_S:
+            yield [Trained(trained), *pending]
+            pending, trained, last = [], 0, time.monotonic()
+    yield [Trained(trained)]
+
+
+def _import_paths() -> list[str]:
+    """Where the driver finds a user's model factory, so that workers on this machine find it too."""
+    return [path or os.getcwd() for path in sys.path]  # noqa: PTH109 - text is what sys.path holds
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, workers: int) -> Iterator[Any]:
+    """Yield Ray, connected; a cluster that we started is stopped and its files are removed."""
+    if address is None:
+        # A local cluster listens on the machine's interfaces: let nobody in without this session's token.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and not any(
+            name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        ):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray  # noqa: PLC0415 - starting Python with Ray costs a second that most commands don't need
+
+    if ray.is_initialized():
+        yield ray
+        return
+    folder = None
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    try:
+        if address is None:
+            folder = tempfile.mkdtemp(prefix="sisa-ray-", dir=_short_temporary_folder())
+            options |= {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
+            options |= {"object_store_memory": 128 * 2**20}
+        else:
+            options["address"] = address
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {address!r} " if address else ""
+            raise UserError(
+                f"--address: no Ray cluster {where}could be reached or started ({type(error).__name__})",
+                hint="Check the address, or leave it out to run on this machine.",
+            ) from error
+        yield ray
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_temporary_folder() -> str:
+    """Ray's sockets lie under its folder, and a socket's path has at most 107 characters."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 20 else "/tmp"  # noqa: S108 - mkdtemp makes it private

@@ -1,0 +1,55 @@
+"""Where to run, as the caller asked for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from sisa.planning.cost import predicted_seconds
+from sisa.recipe import Recipe
+
+INLINE_BELOW_S = 10.0
+"""Ray costs some five seconds to start: work shorter than this runs in the calling process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where chains run and how many at a time."""
+
+    executor: Literal["auto", "ray", "inline"] = "auto"
+    address: str | None = None
+    """A running Ray cluster; without it Ray is started on this machine and stopped afterwards."""
+    workers: int | None = None
+    """How many chains at a time; by default one a core."""
+
+    def uses_ray(self, recipe: Recipe, *, chains: int, record_epochs: int) -> bool:
+        """Decide where to run, from sizes alone."""
+        if self.executor != "auto":
+            return self.executor == "ray"
+        if self.address is not None:
+            return True
+        if chains < 2 or self.worker_count(chains) < 2:
+            return False
+        seconds = predicted_seconds(
+            record_epochs=record_epochs,
+            batch_size=recipe.training.batch_size,
+            parameters=_guessed_parameters(recipe),
+        )
+        return seconds >= INLINE_BELOW_S
+
+    def worker_count(self, chains: int) -> int:
+        """Return how many chains run at a time."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        return max(1, min(self.workers or cores, chains))
+
+
+def _guessed_parameters(recipe: Recipe) -> int:
+    inputs = sum(column.size or 8 for column in recipe.data.columns.values())
+    classes = len(recipe.data.classes or [])
+    if recipe.model.name == "logistic":
+        return inputs * classes
+    if recipe.model.name == "mlp":
+        widths = [inputs, *(recipe.model.hidden or [128]), classes]
+        return sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return 100 * inputs + 50_000  # a convolution reuses its weights at every pixel

@@ -1,0 +1,9 @@
+"""The store's memory of what happened: requests, exclusions, partitions, stages, versions, events."""
+
+from sisa.ledger.ledger import Ledger
+from sisa.ledger.partitions import Partition
+from sisa.ledger.requests import STATES, Acceptance, Request, Target
+from sisa.ledger.stages import StageRow
+from sisa.ledger.versions import Member, Version
+
+__all__ = ["STATES", "Acceptance", "Ledger", "Member", "Partition", "Request", "StageRow", "Target", "Version"]

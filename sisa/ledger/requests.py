@@ -1,0 +1,202 @@
+"""Deletion requests, and the keyed digests that remember whom they were about.
+
+``accept`` is the promise: one transaction that excludes, takes every tainted stage out of service and
+publishes the quarantine version. What comes after it (erasing, purging, repairing) only moves ``state``.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sisa.errors import UserError
+from sisa.layout import HOLDOUT_SLICE
+from sisa.ledger.database import Database, now
+from sisa.ledger.versions import Versions
+
+STATES = ("accepted", "rows_erased", "stages_purged", "repairing", "repaired")
+"""The order in which a request moves; it never moves back."""
+
+Kind = Literal["subject", "record"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One id that somebody asked to delete, as its keyed digest, and the slices that hold its rows."""
+
+    kind: Kind
+    digest: bytes
+    places: tuple[tuple[int, int], ...] = ()
+    """(shard, slice) pairs; slice 0 is the holdout."""
+    record_digests: tuple[bytes, ...] = ()
+    """Keyed digests of the record ids found; excluded together with the subject."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One deletion request."""
+
+    id: str
+    state: str
+    created_at: str
+    updated_at: str
+    reason: str
+    subjects: int
+    records: int
+    version_before: int
+    version_quarantine: int | None
+    version_after: int | None
+    stages_retrained: int
+    seconds_to_quarantine: float
+    note: str
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def shards(self) -> list[int]:
+        """Shards whose constituents were affected; holdout rows affect none."""
+        return sorted({shard for shard, slice_ in self.places if slice_ != HOLDOUT_SLICE})
+
+    @property
+    def open(self) -> bool:
+        """Whether something is left to do."""
+        return self.state != STATES[-1]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What ``accept`` answers: the request, and whether it was there before."""
+
+    request: Request
+    repeated: bool
+
+
+class Requests:
+    """The tables of requests and exclusions."""
+
+    def __init__(self, database: Database, versions: Versions) -> None:
+        self._db = database
+        self._versions = versions
+
+    def accept(self, targets: Sequence[Target], *, reason: str) -> Acceptance:
+        """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
+
+        Targets that are excluded already are left out; if all are, the first request is the answer.
+
+        Raises:
+            UserError: There is nothing to delete.
+        """
+        with self._db.transaction():
+            before = self.excluded_by((t.kind, t.digest) for t in targets)
+            new = {(t.kind, t.digest): t for t in targets if (t.kind, t.digest) not in before and t.places}
+            if not new:
+                if not before:
+                    raise UserError("nothing to delete: no id is in the store", hint="Check the ids.")
+                first = min((self.get(request) for request in set(before.values())), key=lambda r: r.created_at)
+                return Acceptance(first, repeated=True)
+            identifier = f"del-{secrets.token_hex(8)}"
+            self._insert(identifier, list(new.values()), reason=reason)
+            return Acceptance(self.get(identifier), repeated=False)
+
+    def _insert(self, identifier: str, targets: Sequence[Target], *, reason: str) -> None:
+        places = sorted({place for target in targets for place in target.places})
+        digests = {("record", digest) for target in targets for digest in target.record_digests}
+        records = len(digests)
+        digests |= {(target.kind, target.digest) for target in targets}
+        version_before = self._versions.live_number()
+        self._db.rows(
+            "INSERT INTO requests (id, created_at, updated_at, state, reason, subjects, records, version_before)"
+            " VALUES (?, ?, ?, 'accepted', ?, ?, ?, ?)",
+            (identifier, now(), now(), reason, len(targets), records, version_before),
+        )
+        self._db.many("INSERT INTO request_partitions VALUES (?, ?, ?)", [(identifier, *place) for place in places])
+        self._db.many(
+            "INSERT OR IGNORE INTO exclusions VALUES (?, ?, ?)", [(kind, digest, identifier) for kind, digest in digests]
+        )
+        self._db.many("UPDATE partitions SET changes = changes + 1, dirty = 1 WHERE shard = ? AND slice = ?", places)
+        tainted_from: dict[int, int] = {}
+        for shard, slice_ in places:
+            if slice_ != HOLDOUT_SLICE:
+                tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
+        self._db.many(
+            "UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items())
+        )
+        self._db.note("request_accepted", request=identifier, shards=sorted(tainted_from))
+        if tainted_from:
+            number = self._versions.publish_fallback(tainted_from, request=identifier)
+            self._db.rows("UPDATE requests SET version_quarantine = ? WHERE id = ?", (number, identifier))
+
+    def get(self, identifier: str) -> Request:
+        """Return one request.
+
+        Raises:
+            UserError: There is no such request.
+        """
+        row = self._db.row("SELECT * FROM requests WHERE id = ?", (identifier,))
+        if row is None:
+            raise UserError(f"request {identifier!r}: the store has no such request", hint="`sisa status` lists them.")
+        return self._request(row)
+
+    def all(self) -> list[Request]:
+        """Return all requests, oldest first."""
+        return [self._request(row) for row in self._db.rows("SELECT * FROM requests ORDER BY number")]
+
+    def open(self) -> list[Request]:
+        """Return the requests that have something left to do, oldest first."""
+        return [request for request in self.all() if request.open]
+
+    def advance(
+        self,
+        identifier: str,
+        state: str,
+        *,
+        version_after: int | None = None,
+        stages_retrained: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Move a request forward; a state it has passed already changes nothing."""
+        with self._db.transaction():
+            request = self.get(identifier)
+            if STATES.index(state) > STATES.index(request.state):
+                self._db.rows(
+                    "UPDATE requests SET state = ?, updated_at = ? WHERE id = ?", (state, now(), identifier)
+                )
+                self._db.note("request_state", request=identifier, state=state)
+            for column, value in [
+                ("version_after", version_after), ("stages_retrained", stages_retrained), ("note", note)
+            ]:  # fmt: skip
+                if value is not None:
+                    self._db.rows(f"UPDATE requests SET {column} = ? WHERE id = ?", (value, identifier))  # noqa: S608 - names are ours
+
+    def measured(self, identifier: str, *, seconds_to_quarantine: float) -> None:
+        """Write down how long the caller waited for the quarantine."""
+        with self._db.transaction():
+            self._db.rows(
+                "UPDATE requests SET seconds_to_quarantine = ? WHERE id = ?", (seconds_to_quarantine, identifier)
+            )
+
+    def excluded_by(self, digests: Iterable[tuple[str, bytes]]) -> dict[tuple[str, bytes], str]:
+        """Map those of ``digests`` that are excluded to the request that excluded them."""
+        wanted = list(digests)
+        with self._db.snapshot():
+            if len(wanted) > 10_000:
+                known = self.exclusions()
+                return {pair: known[pair] for pair in wanted if pair in known}
+            found = {}
+            for kind, digest in wanted:
+                row = self._db.row("SELECT request FROM exclusions WHERE kind = ? AND digest = ?", (kind, digest))
+                if row is not None:
+                    found[kind, digest] = str(row["request"])
+            return found
+
+    def exclusions(self) -> dict[tuple[str, bytes], str]:
+        """Return every exclusion and the request that made it."""
+        rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
+        return {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows}
+
+    def _request(self, row: sqlite3.Row) -> Request:
+        values = {name: row[name] for name in row.keys() if name != "number"}  # noqa: SIM118 - a Row iterates over values
+        places = self._db.rows("SELECT shard, slice FROM request_partitions WHERE request = ? ORDER BY 1, 2", (row["id"],))
+        return Request(**values, places=tuple((p["shard"], p["slice"]) for p in places))

@@ -1,0 +1,114 @@
+"""Which stages exist. A tainted stage has seen a deleted record: never served, never built on, soon purged."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sisa.errors import DamagedError
+from sisa.ledger.database import Database, now
+from sisa.ledger.partitions import Partitions
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One trained stage of one constituent."""
+
+    key: str
+    platform: str
+    code: str
+    shard: int
+    stage: int
+    parent_key: str
+    records: int
+    state_digest: str
+    full_digest: str
+    worker: str
+    seconds: float
+    created_at: str
+    tainted: bool = False
+
+
+class Stages:
+    """The table of stages."""
+
+    def __init__(self, database: Database, partitions: Partitions) -> None:
+        self._db = database
+        self._partitions = partitions
+
+    def enter(self, row: StageRow, *, changes: Mapping[int, int]) -> bool:
+        """Enter a stage that was trained or found; say whether it may be used.
+
+        Args:
+            row: The stage.
+            changes: The ``changes`` of slices 1..stage that its training was planned with.
+
+        Returns:
+            False if a deletion touched one of its slices meanwhile: then nothing was entered.
+
+        Raises:
+            DamagedError: The same key gave other bits before.
+        """
+        with self._db.transaction():
+            if self.overtaken(row.shard, row.stage, changes=changes):
+                return False
+            known = self.get(row.key, row.platform)
+            if known is not None:
+                if known.full_digest != row.full_digest:
+                    raise DamagedError(
+                        f"stage {row.stage} of shard {row.shard} was trained again and gave other bits",
+                        hint="Training is not reproducible on this platform: check the model for randomness of its own.",
+                    )
+                return not known.tainted
+            self._db.rows(
+                "INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                (
+                    row.key, row.platform, row.code, row.shard, row.stage, row.parent_key, row.records,
+                    row.state_digest, row.full_digest, row.worker, row.seconds, row.created_at,
+                ),
+            )  # fmt: skip
+            self._db.note("stage_trained", shard=row.shard, stage=row.stage, worker=row.worker)
+            return True
+
+    def overtaken(self, shard: int, stage: int, *, changes: Mapping[int, int]) -> bool:
+        """Say whether a deletion touched slices 1..stage since ``changes`` was read."""
+        now_there = {p.slice: p.changes for p in self._partitions.all(shard)}
+        return any(now_there.get(s, 0) != changes.get(s, 0) for s in range(1, stage + 1))
+
+    def get(self, key: str, platform: str) -> StageRow | None:
+        """Return one stage, or None."""
+        row = self._db.row("SELECT * FROM stages WHERE key = ? AND platform = ?", (key, platform))
+        return _stage(row) if row is not None else None
+
+    def all(self, shard: int | None = None) -> list[StageRow]:
+        """Return all stages, tainted ones included, in order of shard and stage."""
+        where, parameters = ("WHERE shard = ?", (shard,)) if shard is not None else ("", ())
+        return [_stage(r) for r in self._db.rows(f"SELECT * FROM stages {where} ORDER BY shard, stage, code, platform", parameters)]  # noqa: S608 - no value in the text
+
+    def tainted(self, shard: int | None = None) -> list[StageRow]:
+        """Return the stages that have to be purged."""
+        return [row for row in self.all(shard) if row.tainted]
+
+    def retire_others(self, *, code: str, platform: str) -> None:
+        """Mark for purging every stage that was made on another footing."""
+        with self._db.transaction():
+            self._db.rows("UPDATE stages SET tainted = 1 WHERE code <> ? OR platform <> ?", (code, platform))
+
+    def forget(self, row: StageRow) -> None:
+        """Strike a purged stage: history keeps its place and times, neither key nor digests."""
+        with self._db.transaction():
+            self._db.rows("DELETE FROM stages WHERE key = ? AND platform = ?", (row.key, row.platform))
+            self._db.rows(
+                "UPDATE members SET key = NULL, platform = NULL WHERE key = ? AND platform = ?", (row.key, row.platform)
+            )
+            self._db.rows(
+                "INSERT INTO past_stages VALUES (?, ?, ?, ?)", (row.shard, row.stage, row.created_at, now())
+            )
+            self._db.note("stage_purged", shard=row.shard, stage=row.stage)
+
+
+def _stage(row: sqlite3.Row) -> StageRow:
+    values = {name: row[name] for name in row.keys()}  # noqa: SIM118 - a Row iterates over values
+    values["tainted"] = bool(values["tainted"])
+    return StageRow(**values)

@@ -1,0 +1,117 @@
+"""Ensemble versions: numbered, immutable maps from shard to stage, or to absent (stage 0).
+
+The highest number is live. A constituent that has seen no record at all doesn't vote: it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sisa.ledger.database import Database, now
+from sisa.ledger.stages import Stages
+
+
+@dataclass(frozen=True)
+class Member:
+    """The stage that answers for one shard; ``stage`` 0 means that the shard is absent from the vote."""
+
+    shard: int
+    stage: int
+    key: str
+    platform: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """One ensemble version. Number 0 stands for nothing published yet."""
+
+    number: int
+    cause: str
+    created_at: str
+    members: tuple[Member, ...]
+
+
+class Versions:
+    """The table of versions."""
+
+    def __init__(self, database: Database, stages: Stages) -> None:
+        self._db = database
+        self._stages = stages
+
+    def live_number(self) -> int:
+        """Return the number of the live version; 0 if none was published."""
+        row = self._db.row("SELECT max(number) AS number FROM versions")
+        return int(row["number"] or 0) if row is not None else 0
+
+    def live(self) -> Version:
+        """Return the live version."""
+        with self._db.snapshot():
+            return self.get(self.live_number())
+
+    def get(self, number: int) -> Version:
+        """Return one version with its members (keys of purged stages are empty)."""
+        row = self._db.row("SELECT * FROM versions WHERE number = ?", (number,))
+        if row is None:
+            return Version(0, "none", "", ())
+        members = self._db.rows("SELECT * FROM members WHERE version = ? ORDER BY shard", (number,))
+        return Version(
+            number,
+            row["cause"],
+            row["created_at"],
+            tuple(Member(m["shard"], m["stage"], m["key"] or "", m["platform"] or "") for m in members),
+        )
+
+    def all(self) -> list[tuple[int, str, str]]:
+        """Return number, time and cause of every version."""
+        return [(r["number"], r["created_at"], r["cause"]) for r in self._db.rows("SELECT * FROM versions ORDER BY number")]
+
+    def last_quarantine(self) -> int:
+        """Return the number of the latest quarantine version: answers of older ones are void."""
+        row = self._db.row("SELECT max(number) AS number FROM versions WHERE cause = 'quarantine'")
+        return int(row["number"] or 0) if row is not None else 0
+
+    def publish(self, members: Sequence[Member], *, cause: str, request: str | None = None) -> int:
+        """Make a new live version and return its number."""
+        with self._db.transaction():
+            number = self.live_number() + 1
+            self._db.rows("INSERT INTO versions VALUES (?, ?, ?, ?)", (number, now(), cause, request))
+            self._db.many(
+                "INSERT INTO members VALUES (?, ?, ?, ?, ?)",
+                [(number, m.shard, m.stage, m.key or None, m.platform or None) for m in members],
+            )
+            self._db.note("version_published", version=number, cause=cause)
+            return number
+
+    def publish_newest(self, *, cause: str, shards: int, code: str, platform: str) -> int:
+        """Publish for each shard its newest clean stage on this footing; the same members are no new version."""
+        with self._db.transaction():
+            best: dict[int, Member] = {shard: Member(shard, 0, "", "") for shard in range(shards)}
+            for row in self._stages.all():
+                usable = not row.tainted and row.records > 0 and (row.code, row.platform) == (code, platform)
+                if usable and row.stage > best[row.shard].stage:
+                    best[row.shard] = Member(row.shard, row.stage, row.key, row.platform)
+            members = tuple(best.values())
+            live = self.live()
+            return live.number if live.members == members else self.publish(members, cause=cause)
+
+    def publish_fallback(self, tainted_from: Mapping[int, int], *, request: str) -> int:
+        """Publish the quarantine: each shard of ``tainted_from`` falls back below the stage given there."""
+        with self._db.transaction():
+            members = []
+            for member in self.live().members:
+                first = tainted_from.get(member.shard)
+                if first is not None and member.stage >= first:
+                    members.append(self._below(member, first))
+                else:
+                    members.append(member)
+            return self.publish(members, cause="quarantine", request=request)
+
+    def _below(self, member: Member, first: int) -> Member:
+        """Walk up the chain to the newest stage before ``first``: those have never seen the record."""
+        row = self._stages.get(member.key, member.platform)
+        while row is not None and row.stage >= first:
+            row = self._stages.get(row.parent_key, row.platform)
+        if row is None or row.tainted or row.records == 0:
+            return Member(member.shard, 0, "", "")
+        return Member(member.shard, row.stage, row.key, row.platform)

@@ -1,0 +1,204 @@
+"""Making and opening a store: its frozen recipe, its keys, its ledger and its checkpoints together.
+
+``recipe.yaml`` is written last: a folder without it is not a store, whatever a crash left in it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.checkpoints import CheckpointStore
+from sisa.errors import DamagedError, UserError
+from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
+from sisa.layout import Layout
+from sisa.ledger import Ledger
+from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
+from sisa.routing.keys import StoreKeys, new_key, parse_key
+from sisa.routing.router import Router
+
+PARTS = frozenset({"recipe.yaml", "ledger.db", "ledger.db-journal", "records", "checkpoints", "keys", "locks", "scratch", "audit"})
+"""What may lie directly in a store."""
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """An open store. Belongs to one thread; close its ledger when done."""
+
+    layout: Layout
+    recipe: Recipe
+    keys: StoreKeys
+    ledger: Ledger
+    checkpoints: CheckpointStore
+
+    @property
+    def router(self) -> Router:
+        """The router that put the records where they are."""
+        return router_of(self.recipe, self.keys.routing)
+
+    @property
+    def recipe_digest(self) -> str:
+        """Digest of what determines training."""
+        return recipe_digest(self.recipe)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return self.recipe.sisa.shards
+
+    @property
+    def slices(self) -> int:
+        """Number of slices of each shard."""
+        return self.recipe.sisa.slices
+
+    @property
+    def classes(self) -> list[bool | int | str]:
+        """The declared classes, in order."""
+        return list(self.recipe.data.classes or [])
+
+    def operation_lock(self) -> FileLock:
+        """The lock of whatever trains, repairs or verifies: one at a time, deletions excepted."""
+        return FileLock(self.layout.lock("operation"))
+
+    def ingest_lock(self) -> FileLock:
+        """The lock of the moment in which records enter."""
+        return FileLock(self.layout.lock("ingest"))
+
+
+def router_of(recipe: Recipe, routing_key: bytes) -> Router:
+    """Make the router of a recipe."""
+    return Router(
+        routing_key,
+        shards=recipe.sisa.shards,
+        slices=recipe.sisa.slices,
+        holdout_fraction=recipe.data.holdout.fraction,
+    )
+
+
+def is_store(layout: Layout) -> bool:
+    """Say whether a store lies there."""
+    return layout.recipe.is_file()
+
+
+def open_store(layout: Layout) -> OpenStore:
+    """Open the store at ``layout``.
+
+    Raises:
+        UserError: There is no store.
+        DamagedError: A part of it is missing or unreadable.
+    """
+    if not is_store(layout):
+        raise UserError(
+            f"store {str(layout.root)!r}: no store there (expected a folder with recipe.yaml)",
+            hint="Give the path that `sisa train` wrote to.",
+        )
+    try:
+        recipe = load_recipe(layout.recipe)
+    except UserError as error:
+        raise DamagedError(
+            f"recipe.yaml of the store can't be used: {error.message}",
+            hint="The recipe of a store is frozen: restore the file that `sisa train` wrote.",
+        ) from error
+    keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
+    ledger = Ledger.open(layout.ledger)
+    frozen = ledger.fact("recipe_digest")
+    if frozen != recipe_digest(recipe):
+        ledger.close()
+        raise DamagedError(
+            "recipe.yaml of the store was edited after training: its digest is not the one in the ledger",
+            hint="Restore the file; to train under another recipe, train into another store.",
+        )
+    return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints))
+
+
+def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStore:
+    """Make a store for a resolved recipe; what a killed attempt left is replaced.
+
+    Args:
+        layout: Where.
+        recipe: The resolved recipe.
+        routing_key: The secret that routes the records.
+
+    Raises:
+        UserError: The folder holds something else.
+    """
+    check_vacant(layout)
+    make_folder(layout.root)
+    make_folder(layout.locks)
+    with FileLock(layout.lock("create")).held():
+        if is_store(layout):
+            return open_store(layout)
+        make_folder(layout.keys)
+        os.chmod(layout.keys, 0o700)  # noqa: PTH101 - a folder of ours
+        write_durably(layout.routing_key, routing_key.hex().encode() + b"\n", mode=0o600)
+        if not layout.exclusion_key.exists():
+            write_durably(layout.exclusion_key, new_key().hex().encode() + b"\n", mode=0o600)
+        for leftover in (layout.ledger, layout.ledger.with_name("ledger.db-journal"), layout.records):
+            if leftover.exists():
+                remove(leftover)
+        ledger = Ledger.create(layout.ledger)
+        ledger.remember(recipe_digest=recipe_digest(recipe))
+        ledger.close()
+        make_folder(layout.records)
+        make_folder(layout.checkpoints)
+        write_durably(layout.recipe, dump_recipe(frozen_recipe(recipe)).encode())
+        sweep_temporary(layout.root)
+    return open_store(layout)
+
+
+def frozen_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe as a store keeps it: without the store's own place and the key's."""
+    return recipe.model_copy(update={"store": None, "routing": RoutingSpec()})
+
+
+def check_vacant(layout: Layout) -> None:
+    """Make sure that a new store may be made there.
+
+    Raises:
+        UserError: Something else lies there.
+    """
+    root = layout.root
+    if root.exists() and not root.is_dir():
+        raise UserError(f"store {str(root)!r}: expected a folder, found a file", hint="Choose another path.")
+    strangers = sorted(p.name for p in root.iterdir() if p.name not in PARTS and not p.name.startswith("tmp-")) if root.exists() else []
+    if strangers and not is_store(layout):
+        raise UserError(
+            f"store {str(root)!r}: the folder is not empty and not a store (it holds {strangers[0]!r})",
+            hint="Choose an empty or a new folder.",
+        )
+
+
+def routing_key_for(recipe: Recipe, layout: Layout) -> bytes:
+    """Return the routing key that a recipe asks for: its key file's, the store's, or a new one.
+
+    Raises:
+        UserError: The key file is unreadable, or is not the key that the store was made with.
+    """
+    stored = _stored_key(layout.routing_key) if layout.routing_key.exists() else None
+    if recipe.routing.key_file is None:
+        return stored or new_key()
+    path = Path(recipe.routing.key_file)
+    try:
+        key = parse_key(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"routing.key_file {str(path)!r} can't be read: {error.strerror}",
+            hint="Make one with: (umask 077; openssl rand -hex 32 > routing.key) -- or leave it null.",
+        ) from error
+    if stored is not None and is_store(layout) and stored != key:
+        raise UserError(
+            f"routing.key_file {str(path)!r} is not the key that this store was made with",
+            hint="Another key moves every record: leave key_file null, or train into another store.",
+        )
+    return key
+
+
+def _stored_key(path: Path) -> bytes:
+    try:
+        return parse_key(path.read_bytes())
+    except (OSError, UserError) as error:
+        raise DamagedError(
+            f"keys/{path.name} of the store is missing or unreadable",
+            hint="Restore the key file: without it records can be neither found nor placed.",
+        ) from error

@@ -1,0 +1,235 @@
+"""One shard's chain: make the stages that its current records call for.
+
+Training, resuming, retraining after a deletion and replaying are this one walk. Stage r is named by its
+lineage key; if the checkpoints hold it, it is reused, else it is trained from stage r-1. In order:
+
+1. take the shard's lock, and stop if a deletion asked for it (a stop mark);
+2. refuse a worker whose code or platform is not the chain's;
+3. keys of stages 1..R follow from the memberships that the ledger expects;
+4. before a stage trains, the rows of its slices are read back and must be exactly those.
+
+A worker needs the store's folder, its shard's derived keys and nothing else: no ledger, no other shard.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sisa.checkpoints import CheckpointStore, Manifest, StageId
+from sisa.errors import DamagedError, FootingError, StaleError
+from sisa.files import FileLock
+from sisa.layout import Layout
+from sisa.learners.columns import Columns
+from sisa.learners.source import code_version
+from sisa.ledger import StageRow
+from sisa.lineage import stage_key
+from sisa.planning.epochs import epoch_budget
+from sisa.recipe import Recipe
+from sisa.routing.keys import ShardKeys
+from sisa.state import StageState
+from sisa.training.events import Report, StageDone, Trained
+from sisa.training.platform import fingerprint, platform_id
+from sisa.training.rows import read_slice
+from sisa.training.stage import Stopped, train_stage
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """Everything that a worker is told."""
+
+    root: str
+    """The store's folder."""
+    checkpoints: str
+    """Where stages are looked for and written: the store's own, or a scratch place for a replay."""
+    recipe: Recipe
+    recipe_digest: str
+    keys: ShardKeys
+    code: str
+    platform: str
+    memberships: tuple[str, ...]
+    """Digest of the rows that slices 1..R are expected to hold."""
+    records: tuple[int, ...]
+    """How many rows those are."""
+    known: dict[str, str]
+    """Full digest of each stage that the ledger knows, by key."""
+    read_reused: bool
+    """Verify every byte of the stages that are reused, instead of the last one's only."""
+    heal: bool
+    """Retrain a damaged stage instead of reporting it."""
+
+    @property
+    def shard(self) -> int:
+        """The shard."""
+        return self.keys.shard
+
+
+def chain_keys(task: ChainTask) -> list[str]:
+    """Return the lineage keys of stages 1..R."""
+    keys: list[str] = []
+    for stage, membership in enumerate(task.memberships, start=1):
+        keys.append(
+            stage_key(
+                recipe_digest=task.recipe_digest,
+                code_version=task.code,
+                shard=task.shard,
+                stage=stage,
+                parent_key=keys[-1] if keys else "",
+                membership=membership,
+            )
+        )
+    return keys
+
+
+def run_chain(task: ChainTask, report: Report) -> None:
+    """Make the stages that the shard's records call for, and report each.
+
+    Raises:
+        Stopped: A deletion asked this shard to stop.
+        StaleError: The rows are not those that the task was planned with.
+        DamagedError: A stage or a partition is damaged.
+        FootingError: This process runs other code or another platform than the chain's.
+    """
+    layout = Layout(Path(task.root))
+    marks = layout.stop_marks(task.shard)
+
+    def stopped() -> bool:
+        return marks.is_dir() and any(marks.iterdir())
+
+    with FileLock(layout.shard_lock(task.shard)).held():
+        if stopped():
+            raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
+        _check_footing(task)
+        _Chain(task, layout, stopped, report).walk()
+
+
+class _Chain:
+    """The walk along one chain, with what it has read so far."""
+
+    def __init__(self, task: ChainTask, layout: Layout, stopped: Callable[[], bool], report: Report) -> None:
+        self._task = task
+        self._layout = layout
+        self._stopped = stopped
+        self._report = report
+        self._checkpoints = CheckpointStore(Path(task.checkpoints))
+        self._keys = chain_keys(task)
+        self._rows: list[Columns] = []
+        self._newest: tuple[int, StageState] = (0, StageState({}, {}))
+
+    def walk(self) -> None:
+        """Reuse what is there, train what isn't."""
+        for stage in range(1, len(self._keys) + 1):
+            manifest = self._found(stage)
+            reused = manifest is not None
+            if manifest is None:
+                manifest = self._train(stage)
+            self._report(StageDone(_row(self._task, manifest), reused=reused))
+
+    def _identity(self, stage: int) -> StageId:
+        return StageId(self._task.shard, stage, self._keys[stage - 1], self._task.platform)
+
+    def _found(self, stage: int) -> Manifest | None:
+        """Return the manifest of a stage that is there and whole; None if it has to be trained."""
+        task, identity = self._task, self._identity(stage)
+        digest = task.known.get(identity.key)
+        if not self._checkpoints.exists(identity):
+            if digest is not None and not task.heal:
+                raise DamagedError(
+                    f"the checkpoint of stage {stage} of shard {task.shard} is missing",
+                    hint="`sisa repair` retrains it from the last good stage.",
+                )
+            return None
+        try:
+            if digest is not None and not task.read_reused:
+                return self._checkpoints.manifest(identity)
+            manifest, state = self._checkpoints.load(identity, expect_full_digest=digest)
+        except DamagedError:
+            if not task.heal:
+                raise
+            self._checkpoints.remove(identity)
+            return None
+        self._newest = (stage, state)
+        return manifest
+
+    def _parent(self, stage: int) -> StageState:
+        if self._newest[0] == stage - 1:
+            return self._newest[1]
+        identity = self._identity(stage - 1)
+        return self._checkpoints.load(identity, expect_full_digest=self._task.known.get(identity.key))[1]
+
+    def _train(self, stage: int) -> Manifest:
+        task, started = self._task, time.monotonic()
+        budget = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))
+        state = train_stage(
+            recipe=task.recipe,
+            class_count=len(task.recipe.data.classes or []),
+            shard=task.shard,
+            stage=stage,
+            epochs=budget[stage - 1],
+            parent=self._parent(stage),
+            columns=self._columns(stage),
+            keys=task.keys,
+            should_stop=self._stopped,
+            on_progress=lambda done: self._report(Trained(done)),
+        )
+        if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
+            raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
+        self._newest = (stage, state)
+        return self._checkpoints.write(
+            self._identity(stage),
+            state,
+            parent_key=self._keys[stage - 2] if stage > 1 else "",
+            records=sum(task.records[:stage]),
+            seconds=time.monotonic() - started,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            fingerprint=fingerprint(task.recipe),
+        )
+
+    def _columns(self, stage: int) -> Columns:
+        """Read the rows of slices 1..stage, each slice once, and make sure that they are the expected ones."""
+        task = self._task
+        for slice_ in range(len(self._rows) + 1, stage + 1):
+            columns, membership = read_slice(self._layout, task.recipe, task.keys, slice_)
+            if membership != task.memberships[slice_ - 1]:
+                raise StaleError(
+                    f"the rows of slice {slice_} of shard {task.shard} are not those that the ledger expects",
+                    hint="Restore the partition from a copy: rows can't be retrained.",
+                )
+            self._rows.append(columns)
+        return Columns.concatenate(self._rows[:stage])
+
+
+def _check_footing(task: ChainTask) -> None:
+    ours = platform_id(fingerprint(task.recipe))
+    if ours != task.platform:
+        raise FootingError(
+            f"this worker's platform ({ours}) is not the one that the chain was trained on ({task.platform}): "
+            "library versions, instruction set, device or threads differ, so bits would too",
+            hint="Run on the old platform, or rebuild everything on this one with `sisa train CONFIG --upgrade`.",
+        )
+    if code_version(task.recipe) != task.code:
+        raise FootingError(
+            "the training code or the source of model.factory is not the one that the chain was trained with",
+            hint="Run with the old code, or rebuild everything with `sisa train CONFIG --upgrade`.",
+        )
+
+
+def _row(task: ChainTask, manifest: Manifest) -> StageRow:
+    return StageRow(
+        key=manifest.stage_id.key,
+        platform=manifest.stage_id.platform,
+        code=task.code,
+        shard=task.shard,
+        stage=manifest.stage_id.stage,
+        parent_key=manifest.parent_key,
+        records=manifest.records,
+        state_digest=manifest.state_digest,
+        full_digest=manifest.full_digest,
+        worker=manifest.worker,
+        seconds=manifest.seconds,
+        created_at=manifest.created_at,
+    )
