@@ -44,7 +44,7 @@ types: $(READY) # Strict types.
 	$(BIN)/mypy
 
 contracts: $(READY) # The layers: an import the wrong way fails.
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 text: $(READY) # No path of one machine and no registry's address in a tracked file.
 	$(BIN)/python scripts/check_text.py

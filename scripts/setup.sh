@@ -23,9 +23,13 @@ if [ "$(.venv/bin/python -c 'import platform; print(platform.python_version())' 
 fi
 
 echo "setup: installing sisa and what it needs into .venv (about 2 GB; a minute or two where downloads are fast)"
-# Constraints by variable: so they hold for the tools that build this package too. -qq: errors only.
-PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 \
-  .venv/bin/python -m pip install -qq --progress-bar off --editable '.[digits,dev,docs]'
+# Constraints by variable: so they hold for the tools that build this package too.
+if ! PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install \
+  --progress-bar off --editable '.[digits,dev,docs]' >.venv/setup.log 2>&1; then
+  tail -n 20 .venv/setup.log >&2
+  echo "setup: the installation failed as shown; .venv/setup.log has every step" >&2
+  exit 1
+fi
 
 built=$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))')
 echo "setup: done in ${SECONDS} s; torch $built; the command is .venv/bin/sisa"
