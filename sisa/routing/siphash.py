@@ -9,8 +9,6 @@ Shape suffixes: N messages, W words of a message, B messages of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -65,40 +63,26 @@ def siphash_text(key16: bytes, texts: pa.StringArray) -> Words:
     Raises:
         ValueError: A text is null, or the key isn't 16 bytes long.
     """
-    return siphash_texts([key16], texts)[0]
-
-
-def siphash_texts(keys: Iterable[bytes], texts: pa.StringArray) -> list[Words]:
-    """Hash the texts under several keys, sharing the work of cutting them into words.
-
-    Returns:
-        One (N,) uint64 per key.
-
-    Raises:
-        ValueError: A text is null, or a key isn't 16 bytes long.
-    """
-    keys = list(keys)
     if texts.null_count:
         raise ValueError("expected texts without nulls")
     count = len(texts)
-    hashes = [np.empty(count, np.uint64) for _ in keys]
+    hashes_N = np.empty(count, np.uint64)
     if count == 0:
-        return hashes
+        return hashes_N
     _, offsets_buffer, data_buffer = texts.buffers()
     offsets = np.frombuffer(offsets_buffer, np.int32, count + 1, offset=4 * texts.offset)
     data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.empty(0, np.uint8)
     for start in range(0, count, BLOCK):
         ends = offsets[start : start + BLOCK + 1]
         order, words = _cut(data[ends[0] : ends[-1]], (ends[:-1] - ends[0]).astype(np.int64), np.diff(ends))
-        for key, hashes_N in zip(keys, hashes, strict=True):
-            state = _State(key, len(ends) - 1)
-            for word in words:
-                state.absorb(word)
-            if order is None:
-                hashes_N[start : start + BLOCK] = state.finish()
-            else:
-                hashes_N[start : start + BLOCK][order] = state.finish()
-    return hashes
+        state = _State(key16, len(ends) - 1)
+        for word in words:
+            state.absorb(word)
+        if order is None:
+            hashes_N[start : start + BLOCK] = state.finish()
+        else:
+            hashes_N[start : start + BLOCK][order] = state.finish()
+    return hashes_N
 
 
 def _cut(
