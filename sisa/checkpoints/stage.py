@@ -1,0 +1,186 @@
+"""One stage's folder: a Zarr group whose sealed attributes describe one flat array of bytes.
+
+Writing happens under a temporary name and ends with a rename; everything is durable by then. Reading trusts
+nothing: the seal over the attributes, what Zarr says of the array, each chunk's CRC32C, then the digest of the
+whole state.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from sisa.checkpoints.manifest import FORMAT, Manifest, StageId, sealed, unsealed
+from sisa.checkpoints.packing import aligned_zeros, chunking, pack, plan, read_index, unpack
+from sisa.errors import DamagedError, StoreError
+from sisa.files import publish_folder, remove, temporary_beside
+from sisa.state import JSON, StageState, full_digest, state_digest
+
+METADATA: Final = "zarr.json"
+EMPTY_GROUP: Final[dict[str, JSON]] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+"""The metadata of a group without attributes."""
+
+_TENSORS: Final = ("model.", "buffer.", "preprocess.", "optimizer.", "schedule.")
+_SCALARS: Final = ("preprocess.", "optimizer.", "schedule.")
+_HEAL: Final = "Run `sisa repair`: it trains the stage again from the last good one."
+
+
+class MissingStage(DamagedError):
+    """The stage isn't there (any more)."""
+
+
+def storable(state: StageState) -> StageState:
+    """Return the state with its scalars as they will come back from JSON.
+
+    Raises:
+        StoreError: A name of no known kind (no digest of what is served would see it), an element type or a
+            scalar that can't be kept.
+    """
+    for names, kinds, what in ((state.tensors, _TENSORS, "a tensor"), (state.scalars, _SCALARS, "a scalar")):
+        for name in names:
+            if not name.startswith(kinds) or name in kinds:
+                raise StoreError(f"state {name!r}: expected {what} called {', '.join(f'{kind}*' for kind in kinds)}")
+    plan(state.tensors)
+    return StageState(state.tensors, {name: _plain(name, value) for name, value in state.scalars.items()})
+
+
+def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str, int], Manifest]) -> tuple[bool, str]:
+    """Write a stage beside ``target`` and give it that name.
+
+    Args:
+        target: Its folder; the parent is there already.
+        state: What to keep, from :func:`storable`.
+        describe: Makes the manifest from the state digest, the full digest and the number of bytes.
+
+    Returns:
+        Whether it was published, False if something is at ``target`` already; and the full digest.
+
+    Raises:
+        OSError: The files can't be written.
+    """
+    from sisa.checkpoints import group  # Zarr takes 0.4 s to import
+
+    entries = plan(state.tensors)
+    chunks, chunk_bytes = chunking(entries)
+    row = pack(state.tensors, entries, size_bytes=chunks * chunk_bytes)
+    packed = StageState(unpack(row, entries), state.scalars)
+    scratch = temporary_beside(target)
+    with ThreadPoolExecutor(2) as pool:  # hashes the very bytes that are on their way to disk
+        served, whole = pool.submit(state_digest, packed), pool.submit(full_digest, packed)
+
+        def attributes(array: Mapping[str, JSON]) -> dict[str, JSON]:
+            manifest = describe(served.result(), whole.result(), sum(entry.bytes for entry in entries))
+            content: dict[str, JSON] = {
+                "format": FORMAT,
+                "manifest": manifest.to_json(),
+                "index": [entry.to_json() for entry in entries],
+                "scalars": packed.scalars,
+                "chunks": chunks,
+                "chunk_bytes": chunk_bytes,
+                "array": dict(array),
+            }
+            return {"sisa": sealed(content)}
+
+        try:
+            group.write_group(scratch, row, chunk_bytes=chunk_bytes, attributes=attributes)
+            publish_folder(scratch, target)
+        except BaseException as error:
+            remove(scratch)
+            if _is_taken(error):
+                return False, whole.result()
+            raise
+    return True, whole.result()
+
+
+def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manifest]:
+    """Read and verify the attributes of a stage's group; doesn't import Zarr.
+
+    Raises:
+        MissingStage: It isn't there.
+        DamagedError: They are missing, changed, or another stage's.
+    """
+    try:
+        whole = json.loads((folder / METADATA).read_bytes())
+        attributes = whole["attributes"]
+        if {**whole, "attributes": {}} != EMPTY_GROUP or attributes.keys() != {"sisa"}:
+            raise ValueError("it is not the metadata of a stage")
+        content = unsealed(attributes["sisa"])
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        manifest = Manifest.from_json(content["manifest"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise damage(folder, stage_id, f"{METADATA} {reason}") from error
+    if manifest.stage_id != stage_id:
+        raise damage(folder, stage_id, f"it holds {manifest.stage_id.folder}")
+    return content, manifest
+
+
+def read_stage(folder: Path, stage_id: StageId) -> tuple[Manifest, StageState]:
+    """Read a stage and verify all of it; the tensors are writable views of one fresh row of bytes.
+
+    Raises:
+        MissingStage: It isn't there.
+        DamagedError: Bytes are missing or changed.
+    """
+    from sisa.checkpoints import group
+
+    content, manifest = read_content(folder, stage_id)
+    chunks = content["chunks"]
+    try:
+        row = aligned_zeros(chunks * content["chunk_bytes"])
+        group.read_array(folder, row, metadata=content["array"])
+        state = StageState(unpack(row, read_index(content["index"])), content["scalars"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = group.damaged_chunks(folder, chunks=chunks) or [str(error)]
+        raise damage(folder, stage_id, "; ".join(found)) from error
+    if full_digest(state) != manifest.full_digest:
+        raise damage(folder, stage_id, "its bytes are not those of its digest")
+    return manifest, state
+
+
+def expected_files(folder: Path, stage_id: StageId) -> set[Path]:
+    """Return the files and folders that a stage consists of, there or not."""
+    from sisa.checkpoints import group
+
+    try:
+        chunks = int(read_content(folder, stage_id)[0]["chunks"])
+        names = [group.chunk_name(number) for number in range(chunks)]
+    except DamagedError:  # a read reports it; until it is healed every chunk may be the stage's
+        names = [f"{group.ARRAY}/{path.name}" for path in (folder / group.ARRAY).glob("c.*")]
+    return {folder / name for name in (METADATA, group.ARRAY, f"{group.ARRAY}/{METADATA}", *names)}
+
+
+def damage(folder: Path, stage_id: StageId, reason: str) -> DamagedError:
+    """Return the error that says what is wrong with a stage."""
+    if not folder.exists():
+        return MissingStage(f"{stage_id} is missing: there is no {folder}", hint=_HEAL)
+    return DamagedError(f"{stage_id} is damaged: {reason} (in {folder})", hint=_HEAL)
+
+
+def _is_taken(error: BaseException) -> bool:
+    """Say whether a rename failed since somebody published the same name meanwhile."""
+    return isinstance(error, FileExistsError) or (isinstance(error, OSError) and error.errno == errno.ENOTEMPTY)
+
+
+def _plain(name: str, value: JSON) -> JSON:
+    """Return a scalar as it will come back from JSON: lists for tuples, and no numpy numbers."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value - value != 0:
+        raise StoreError(f"state {name}: expected a finite number, got {value}")
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(name, child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, child) for child in value]
+    raise StoreError(
+        f"state {name}: expected numbers, text, lists or dictionaries with text keys, got {type(value).__name__}",
+        hint="Keep arrays as tensors and convert other numbers with int() or float().",
+    )
