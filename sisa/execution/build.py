@@ -63,10 +63,11 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
         what: What the progress bar says.
     """
     partitions = {shard: _trained_slices(store, shard) for shard in plan.shards}
-    tasks = [_task(store, plan, shard, partitions[shard]) for shard in plan.shards]
+    dirty = {shard for shard, slices in partitions.items() if any(p.dirty for p in slices)}
+    tasks = [_task(store, plan, shard, slices) for shard, slices in partitions.items() if shard not in dirty]
     work = {task.shard: _work_left(store, plan, task) for task in tasks}
     tasks.sort(key=lambda task: -work[task.shard])  # longest first
-    done = Build()
+    done = Build(interrupted=dirty)  # a slice with rows of deleted people is settled first
     collect = _Collector(store, plan, partitions, done, reporter)
     total = sum(work.values())
     reporter.begin(what, total)

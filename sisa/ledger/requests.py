@@ -33,6 +33,8 @@ class Target:
     """(shard, slice) pairs; slice 0 is the holdout."""
     record_digests: tuple[bytes, ...] = ()
     """Keyed digests of the record ids found; excluded together with the subject."""
+    owner_digests: tuple[bytes, ...] = ()
+    """Keyed digests of the people whose rows those are; counted, not kept."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,12 @@ class Requests:
         digests = {("record", digest) for target in targets for digest in target.record_digests}
         records = len(digests)
         digests |= {(target.kind, target.digest) for target in targets}
+        owners = {digest for target in targets for digest in target.owner_digests}
         version_before = self._versions.live_number()
         self._db.rows(
             "INSERT INTO requests (id, created_at, updated_at, state, reason, subjects, records, version_before)"
             " VALUES (?, ?, ?, 'accepted', ?, ?, ?, ?)",
-            (identifier, now(), now(), reason, len(targets), records, version_before),
+            (identifier, now(), now(), reason, len(owners), records, version_before),
         )
         self._db.many("INSERT INTO request_partitions VALUES (?, ?, ?)", [(identifier, *place) for place in places])
         self._db.many(

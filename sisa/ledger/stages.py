@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sisa.errors import DamagedError
@@ -89,6 +90,16 @@ class Stages:
     def tainted(self, shard: int | None = None) -> list[StageRow]:
         """Return the stages that have to be purged."""
         return [row for row in self.all(shard) if row.tainted]
+
+    def trained_since(self, request: str, shards: Sequence[int]) -> int:
+        """Count the stages of ``shards`` that were trained after a request was accepted."""
+        row = self._db.row(
+            "SELECT count(*) AS trained FROM events WHERE kind = 'stage_trained' AND number > (SELECT max(number) FROM"
+            " events WHERE kind = 'request_accepted' AND json_extract(detail, '$.request') = ?)"
+            " AND json_extract(detail, '$.shard') IN (SELECT value FROM json_each(?))",
+            (request, json.dumps(list(shards))),
+        )
+        return int(row["trained"]) if row is not None else 0
 
     def retire_others(self, *, code: str, platform: str) -> None:
         """Mark for purging every stage that was made on another footing."""

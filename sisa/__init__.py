@@ -1,0 +1,35 @@
+"""Training that can forget: SISA ensembles with exact, provable deletion.
+
+    store = sisa.train("configs/digits.yaml")
+    store.delete(subjects=["17"])
+    store.verify(replay="all").ok
+
+Names are imported when they are first used, so that ``import sisa`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sisa.recipe import Recipe, load_recipe
+    from sisa.store import Store, open_store, train
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "Store", "__version__", "load_recipe", "open_store", "train"]
+
+_HOMES = {
+    "Recipe": "sisa.recipe",
+    "load_recipe": "sisa.recipe",
+    "Store": "sisa.store",
+    "open_store": "sisa.store",
+    "train": "sisa.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sisa' has no attribute {name!r}")
+    import importlib  # noqa: PLC0415 - as late as the rest
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

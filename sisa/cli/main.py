@@ -1,0 +1,90 @@
+"""The ``sisa`` command: finds the verb, runs it, and turns every error into one message and an exit code.
+
+0 done; 1 a check failed; 2 the caller's mistake; 3 the store is damaged or held by another operation.
+Nothing heavier than click is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import click
+
+from sisa import __version__
+from sisa.cli.delete import delete
+from sisa.cli.options import spread_ids
+from sisa.cli.predict import predict
+from sisa.cli.repair import repair
+from sisa.cli.status import status
+from sisa.cli.train import train
+from sisa.cli.verify import verify
+from sisa.errors import SisaError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="sisa")
+def cli() -> None:
+    """Train models that can forget.
+
+    Records are routed to shards and slices, one isolated model is trained per shard, and their
+    predictions are averaged. Deleting a person takes every model that saw them out of service at once,
+    erases rows and weights, and retrains only what has to be: bit for bit what training without
+    them would have given.
+
+    \b
+    A first round:
+      sisa train configs/digits.yaml --store runs/digits
+      sisa status --store runs/digits
+      sisa delete --store runs/digits --subject 17 --reason "request of 3 May"
+      sisa verify --store runs/digits --replay all
+
+    Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked, 3 the store is damaged or busy.
+    Every command takes --json: one JSON object on stdout, everything else on stderr.
+    """
+
+
+for command in (train, delete, repair, status, predict, verify):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(words: list[str]) -> int:
+    """Run one command; return its exit code."""
+    as_json = "--json" in words
+    try:
+        code = cli.main(args=spread_ids(words), prog_name="sisa", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show(sys.stderr)
+            return 2
+        context = getattr(error, "ctx", None)
+        hint = f"See {context.command_path} --help." if context is not None else "See sisa --help."
+        return _failed(error.format_message(), hint, 2, as_json=as_json)
+    except SisaError as error:
+        return _failed(error.message, error.hint, error.exit_code, as_json=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"the file system refused: {error.strerror or error}{where}"
+        return _failed(message, "Check space and permissions, then run the command again.", 3, as_json=as_json)
+    return int(code) if isinstance(code, int) else 0
+
+
+def _failed(message: str, hint: str, code: int, *, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps({"error": {"message": message, "hint": hint}}, ensure_ascii=False))
+    else:
+        click.echo(f"error: {message}", err=True)
+        if hint:
+            click.echo(f"hint: {hint}", err=True)
+    return code

@@ -1,0 +1,68 @@
+"""Options that several verbs share, and the printing of answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ID_OPTIONS = frozenset({"--subject", "--record"})
+
+
+def store_option(function: F) -> F:
+    """Add ``--store``."""
+    return click.option("--store", required=True, metavar="URI", help="Folder of the store.")(function)
+
+
+def json_option(function: F) -> F:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(function)
+
+
+def execution_options(function: F) -> F:
+    """Add ``--executor``, ``--address`` and ``--workers``."""
+    for option in (
+        click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Chains trained at a time (default: cores)."),
+        click.option("--address", metavar="RAY", help="A running Ray cluster, e.g. ray://head:10001 or auto."),
+        click.option(
+            "--executor",
+            type=click.Choice(["auto", "ray", "inline"]),
+            default="auto",
+            show_default=True,
+            help="auto: in this process where the work is a few seconds, else on Ray.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def spread_ids(words: list[str]) -> list[str]:
+    """Let ``--subject a b c`` stand for ``--subject a --subject b --subject c``.
+
+    >>> spread_ids(["delete", "--subject", "-1", "b", "--defer"])
+    ['delete', '--subject', '-1', '--subject', 'b', '--defer']
+    """
+    spread: list[str] = []
+    option, first = "", False
+    for word in words:
+        if first:
+            spread.append(word)
+            first = False
+        elif word in ID_OPTIONS:
+            option, first = word, True
+            spread.append(word)
+        elif option and not word.startswith("-"):
+            spread += [option, word]
+        else:
+            option = ""
+            spread.append(word)
+    return spread
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """Print an answer as one JSON object."""
+    click.echo(json.dumps(answer, ensure_ascii=False, default=str))

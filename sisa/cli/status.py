@@ -1,0 +1,78 @@
+"""``sisa status``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sisa.cli.options import json_option, print_json, store_option
+
+
+@click.command()
+@store_option
+@click.argument("request", required=False)
+@json_option
+def status(store: str, request: str | None, as_json: bool) -> None:
+    """Show what is live, stage by stage, and the deletion requests; or one request.
+
+    \b
+    Examples:
+      sisa status --store runs/adult
+      sisa status --store runs/adult del-0123456789abcdef
+    """
+    from sisa.store import open_store  # noqa: PLC0415 - heavy imports only when there is work
+
+    opened = open_store(store)
+    answer = opened.status()
+    if request is not None:
+        opened.request(request)
+        answer["requests"] = [r for r in answer["requests"] if r["request"] == request]
+    if as_json:
+        print_json(answer)
+    elif request is not None:
+        _print_request(answer["requests"][0])
+    else:
+        _print_store(answer)
+
+
+def _print_request(request: dict[str, Any]) -> None:
+    for name, value in request.items():
+        click.echo(f"{name.replace('_', ' '):>20}  {value if value not in (None, '', []) else '-'}")
+
+
+def _print_store(answer: dict[str, Any]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - only for people
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    console.print(
+        f"version {answer['version']}, {answer['state']}: {answer['records']:,} records of {answer['subjects']:,} "
+        f"subjects, {answer['holdout_records']:,} held out"
+    )
+    table = Table(title=None, box=None, pad_edge=False)
+    for heading in ("shard", "stages", "serving", "records", "key", "state digest"):
+        table.add_column(heading)
+    for member in answer["constituents"]:
+        stages = "".join("#" if s <= member["stage"] else "." for s in range(1, answer["slices"] + 1))
+        if member["stage"] == 0:
+            serving = "out of service" if member["quarantined"] else "absent"
+        else:
+            serving = f"stage {member['stage']}" + (" (quarantine)" if member["quarantined"] else "")
+        table.add_row(
+            str(member["shard"]), stages, serving, f"{member['records']:,}", member["key"][:12] or "-",
+            member["state_digest"][:12] or "-",
+        )  # fmt: skip
+    console.print(table)
+    if not answer["requests"]:
+        console.print("no deletion requests")
+        return
+    requests = Table(title=None, box=None, pad_edge=False)
+    for heading in ("request", "state", "received", "subjects", "records", "shards", "live again"):
+        requests.add_column(heading)
+    for r in answer["requests"]:
+        requests.add_row(
+            r["request"], r["state"], r["created_at"][:19].replace("T", " "), str(r["subjects"]), str(r["records"]),
+            ", ".join(map(str, r["shards"])) or "-", f"version {r['version_after']}" if r["version_after"] else "-",
+        )  # fmt: skip
+    console.print(requests)

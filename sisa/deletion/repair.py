@@ -1,0 +1,136 @@
+"""Bringing shards up to what their records call for, and publishing the result.
+
+Training, resuming, repairing after deletions and healing damage are this one procedure. It holds the
+operation lock; deletions are accepted, erased and purged while it runs, and a shard that one overtakes
+is settled and built again. A failure leaves the shard at its clean stage, or absent, and is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sisa.deletion.settle import purge_shard, settle_all
+from sisa.errors import SisaError
+from sisa.execution import Execution, Plan, build
+from sisa.ledger import STATES, Request, StageRow
+from sisa.opening import OpenStore
+from sisa.progress import Reporter
+
+
+@dataclass
+class Repair:
+    """What was done."""
+
+    version: int
+    trained: list[StageRow] = field(default_factory=list)
+    reused: int = 0
+    requests: list[str] = field(default_factory=list)
+    """Requests that reached ``repaired``."""
+    failures: dict[int, SisaError] = field(default_factory=dict)
+
+
+def bring_up(
+    store: OpenStore,
+    *,
+    shards: Iterable[int] | None,
+    code: str,
+    platform: str,
+    execution: Execution,
+    reporter: Reporter,
+    cause: str,
+    fingerprint: dict[str, object] | None = None,
+    heal: bool = False,
+    read_reused: bool = False,
+) -> Repair:
+    """Settle open requests, build, publish and close the requests that are repaired.
+
+    The caller holds the operation lock.
+
+    Args:
+        store: The store.
+        shards: Which shards to build; None for those that open requests touched.
+        code: Code version that stages have to be trained with.
+        platform: Platform that they have to be trained on.
+        execution: Where chains run.
+        reporter: Who wants to know.
+        cause: What the version is published for.
+        fingerprint: Of ``platform``, if the store is to stand on another footing from now on.
+        heal: Retrain damaged and missing stages.
+        read_reused: Verify every byte of stages that are reused.
+    """
+    result = Repair(version=0)
+    reused: set[tuple[str, str]] = set()
+    asked = None if shards is None else set(shards)
+    remaining = asked
+    while True:
+        settle_all(store, reporter)
+        requests = _repairable(store)
+        touched = {shard for request in requests for shard in request.shards}
+        wanted = touched if remaining is None else remaining | touched
+        for request in requests:
+            store.ledger.requests.advance(request.id, "repairing")
+        plan = Plan(
+            shards=sorted(wanted - result.failures.keys()),
+            code=code,
+            platform=platform,
+            checkpoints=store.layout.checkpoints,
+            heal=heal,
+            read_reused=read_reused,
+        )
+        done = build(store, plan, execution=execution, reporter=reporter, what=_title(cause))
+        result.trained += done.trained
+        reused |= {(row.key, row.platform) for row in done.reused}
+        result.failures |= done.failures
+        remaining = set(done.interrupted)
+        if not done.interrupted and not _unsettled(store):
+            break
+    result.reused = len(reused - {(row.key, row.platform) for row in result.trained})
+    if fingerprint is not None and result.failures:
+        result.version = store.ledger.versions.live_number()  # half an upgrade is none: the old chains stay live
+        return result
+    _publish(store, result, code=code, platform=platform, cause=cause, fingerprint=fingerprint)
+    for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
+        if not _unsettled(store):
+            purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
+    return result
+
+
+def _repairable(store: OpenStore) -> list[Request]:
+    return [r for r in store.ledger.requests.open() if STATES.index(r.state) >= STATES.index("stages_purged")]
+
+
+def _unsettled(store: OpenStore) -> bool:
+    """Whether a deletion came in while the last build ran."""
+    return any(STATES.index(r.state) < STATES.index("repairing") for r in store.ledger.requests.open())
+
+
+def _publish(
+    store: OpenStore, result: Repair, *, code: str, platform: str, cause: str, fingerprint: dict[str, object] | None
+) -> None:
+    """Publish the newest clean stages and close the repaired requests, in one transaction."""
+    ledger = store.ledger
+    with ledger.database.transaction():
+        if fingerprint is not None:
+            ledger.stand_on(code=code, platform=platform, fingerprint=fingerprint)
+        result.version = ledger.versions.publish_newest(
+            cause=cause, shards=store.shards, code=code, platform=platform
+        )
+        if fingerprint is not None:
+            ledger.stages.retire_others(code=code, platform=platform)
+        for request in ledger.requests.open():
+            if request.state != "repairing":
+                continue
+            failed = sorted(result.failures.keys() & set(request.shards))
+            if failed:
+                ledger.requests.advance(request.id, "repairing", note=f"repair failed for shards {failed}")
+                continue
+            retrained = ledger.stages.trained_since(request.id, request.shards)
+            ledger.requests.advance(
+                request.id, "repaired", version_after=result.version, stages_retrained=retrained, note=""
+            )
+            result.requests.append(request.id)
+
+
+def _title(cause: str) -> str:
+    return {"train": "training", "repair": "retraining", "upgrade": "rebuilding"}.get(cause, cause)

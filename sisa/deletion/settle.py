@@ -1,0 +1,130 @@
+"""After acceptance: erase the rows, purge the weights.
+
+Both are idempotent and resume from the ledger. The order for one request is: stop marks (training of the
+shard ends at its next step), rows, tainted stages and everything unentered that may descend from the
+rows, state ``stages_purged``, marks away. The rows' lock is held for a rewrite, the shard's lock for a
+purge; a trainer gives the latter up when it sees the mark.
+"""
+
+from __future__ import annotations
+
+from sisa.checkpoints import StageId
+from sisa.errors import DamagedError
+from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
+from sisa.layout import HOLDOUT_SLICE
+from sisa.ledger import STATES, Partition, Request
+from sisa.lineage import membership
+from sisa.opening import OpenStore
+from sisa.progress import Reporter
+from sisa.records import RECORD, SUBJECT, read_partition, rewrite_partition
+from sisa.records.excluded import excluded_rows
+from sisa.routing.keys import shard_keys
+
+PURGED = STATES.index("stages_purged")
+
+
+def settle_all(store: OpenStore, reporter: Reporter) -> None:
+    """Erase and purge for every open request, and clear the marks of those that are done."""
+    for request in store.ledger.requests.open():
+        settle(store, request, reporter)
+    _clear_marks(store)
+
+
+def settle(store: OpenStore, request: Request, reporter: Reporter) -> None:
+    """Take one request from ``accepted`` to ``stages_purged`` (to ``repaired`` if only holdout rows went).
+
+    Raises:
+        DamagedError: The rows of a slice are not readable, so nobody's can be erased from it.
+    """
+    if STATES.index(request.state) >= PURGED:
+        return
+    for shard in request.shards:
+        _mark(store, shard, request.id)
+    for shard, slice_ in request.places:
+        erase_partition(store, shard, slice_)
+    store.ledger.requests.advance(request.id, "rows_erased")
+    for shard in request.shards:
+        first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
+        purge_shard(store, shard, first_stage=first, reporter=reporter)
+    if store.layout.scratch.exists():  # replays retrain there: they have seen the same rows
+        remove(store.layout.scratch)
+    if request.shards:
+        store.ledger.requests.advance(request.id, "stages_purged")
+    else:
+        store.ledger.requests.advance(request.id, "repaired", version_after=request.version_before)
+    _clear_marks(store)
+
+
+def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
+    """Rewrite one slice without the rows of excluded people; nothing happens if it is clean."""
+    folder = store.layout.partition(shard, slice_)
+    with FileLock(store.layout.rows_lock(shard)).held():
+        if folder.exists():
+            sweep_temporary(folder)
+        while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
+            _erase_once(store, expected)
+
+
+def _erase_once(store: OpenStore, expected: Partition) -> None:
+    shard, slice_ = expected.shard, expected.slice
+    keys = shard_keys(store.keys.routing, shard)
+    rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
+    if rows.membership not in {expected.membership, expected.next_membership}:
+        raise DamagedError(
+            f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
+            hint=f"Restore the files under {folder_name(store, shard, slice_)} from a copy, then run `sisa repair`.",
+        )
+    exclusions = store.ledger.requests.exclusions().keys()
+    keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion)
+    store.ledger.partitions.prepare_erasure(
+        shard,
+        slice_,
+        records=int(keep_N.sum()),
+        membership=membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N]),
+    )
+    if not keep_N.all():
+        rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+    store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
+
+
+def purge_shard(store: OpenStore, shard: int, *, first_stage: int, reporter: Reporter) -> None:
+    """Remove the shard's tainted stages, and everything from ``first_stage`` on that nobody entered."""
+    told: list[bool] = []
+
+    def waiting() -> None:
+        if not told:
+            reporter.note(f"waiting for a running training to let go of shard {shard}")
+            told.append(True)
+
+    with FileLock(store.layout.shard_lock(shard)).held(poll=waiting):
+        rows = store.ledger.stages.all(shard)
+        clean = {(row.key, row.platform) for row in rows if not row.tainted}
+
+        def keep(identity: StageId) -> bool:
+            return identity.stage < first_stage or (identity.key, identity.platform) in clean
+
+        store.checkpoints.sweep(shard, keep=keep)
+        for row in rows:
+            if row.tainted:
+                store.checkpoints.remove(StageId(shard, row.stage, row.key, row.platform))
+                store.ledger.stages.forget(row)
+
+
+def folder_name(store: OpenStore, shard: int, slice_: int) -> str:
+    """Name a partition's folder for a message."""
+    return str(store.layout.partition(shard, slice_).relative_to(store.layout.root))
+
+
+def _mark(store: OpenStore, shard: int, request: str) -> None:
+    folder = store.layout.stop_marks(shard)
+    make_folder(folder)
+    write_durably(folder / request, b"")
+
+
+def _clear_marks(store: OpenStore) -> None:
+    """Take away the marks of requests that need none any more."""
+    needed = {r.id for r in store.ledger.requests.open() if STATES.index(r.state) < PURGED}
+    for folder in store.layout.locks.glob("stop-*"):
+        for mark in folder.iterdir():
+            if mark.name not in needed and not mark.name.startswith("tmp-"):
+                mark.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""What the verbs answer. Field names are the JSON's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class _Answer:
+    def as_dict(self) -> dict[str, object]:
+        """Return plain data, as ``--json`` prints it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Metrics(_Answer):
+    """Measured on the holdout."""
+
+    accuracy: float
+    """Share of rows whose class was predicted."""
+    log_loss: float
+    """Mean negative log-probability of the true class, in nats."""
+    records: int
+    voters: int
+    """Constituents that answered."""
+
+
+@dataclass(frozen=True)
+class Training(_Answer):
+    """What ``train`` did."""
+
+    store: str
+    version: int
+    records: int
+    """Rows that may be trained on; the holdout is not among them."""
+    subjects: int
+    holdout_records: int
+    shards: int
+    slices: int
+    stages_trained: int
+    stages_reused: int
+    seconds: float
+    metrics: Metrics | None
+    missing_from_source: int = 0
+    """Rows that the store has and the source hasn't any more: kept, since only ``delete`` deletes."""
+
+
+@dataclass(frozen=True)
+class Deletion(_Answer):
+    """What ``delete`` did."""
+
+    request: str
+    state: str
+    subjects: int
+    records: int
+    missing: list[str]
+    shards: list[int]
+    stages_retrained: int
+    version_before: int
+    version_quarantine: int | None
+    version_after: int | None
+    seconds_to_quarantine: float
+    seconds: float
+    repeated: bool = False
+    """The same deletion was asked for before; ``request`` names the first."""
+    note: str = ""
+    """Why the repair has to wait, if it has to."""
+
+
+@dataclass(frozen=True)
+class Repaired(_Answer):
+    """What ``repair`` did, over all requests that it closed."""
+
+    requests: list[str]
+    request: str
+    state: str
+    subjects: int
+    records: int
+    missing: list[str] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list)
+    stages_retrained: int = 0
+    version_before: int = 0
+    version_quarantine: int | None = None
+    version_after: int | None = None
+    seconds_to_quarantine: float = 0.0
+    seconds: float = 0.0

@@ -1,0 +1,229 @@
+"""The training job: ingest once, then train whatever the records call for and isn't there.
+
+Everything that can be refused is refused before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sisa.deletion.repair import Repair, bring_up
+from sisa.errors import RecipeError, SisaError, UserError
+from sisa.execution import Execution
+from sisa.layout import HOLDOUT_SLICE, Layout
+from sisa.learners.check import check_model
+from sisa.ledger import Partition
+from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, router_of, routing_key_for
+from sisa.progress import Reporter, Silent
+from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
+from sisa.records import ingest
+from sisa.records.excluded import excluded_rows
+from sisa.records.schema import resolve
+from sisa.store.footing import footing_here, require_same
+from sisa.store.results import Training
+from sisa.store.store import Store
+
+
+def train(
+    recipe: Recipe | str | Path | dict[str, Any],
+    *,
+    store: str | Path | None = None,
+    executor: str = "auto",
+    address: str | None = None,
+    workers: int | None = None,
+    upgrade: bool = False,
+    reporter: Reporter | None = None,
+) -> Store:
+    """Train what isn't trained yet and return the store; ``store.training`` says what was done.
+
+    Args:
+        recipe: A recipe, the path of one in YAML, or plain data.
+        store: Where; by default what the recipe says.
+        executor: ``auto``, ``ray`` or ``inline``.
+        address: A running Ray cluster.
+        workers: How many chains at a time.
+        upgrade: Rebuild everything if code or platform changed since the last training.
+        reporter: Who wants to know how far it is.
+
+    Raises:
+        UserError: The recipe, the source or the store can't be used as asked; nothing was changed.
+        StoreError: The store is damaged, or another operation holds it.
+    """
+    started = time.monotonic()
+    asked = _recipe(recipe)
+    place = store if store is not None else asked.store
+    if place is None:
+        raise UserError("store: missing", hint="Name it in the recipe (store: runs/name) or give --store.")
+    layout = Layout.at(place)
+    reporter = reporter or Silent()
+    execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
+    opened, missing = _ingested(asked, layout, reporter, upgrade=upgrade)
+    with opened.operation_lock().held(timeout_s=0):
+        done = _build(opened, execution, reporter, upgrade=upgrade)
+    result = Store(opened)
+    result.training = _summary(result, done, started=started, missing=missing)
+    return result
+
+
+def _recipe(recipe: Recipe | str | Path | dict[str, Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return parse_recipe(recipe)
+    return load_recipe(recipe)
+
+
+def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: bool) -> tuple[OpenStore, int]:
+    """Return the store with its records in it, and how many of them the source hasn't any more."""
+    if not is_store(layout):
+        check_vacant(layout)
+    resolved = resolve(asked)
+    key = routing_key_for(asked, layout)
+    if is_store(layout):
+        opened = open_store(layout)
+        _same_recipe(opened, resolved)
+        if not upgrade:
+            require_same(opened, footing_here(opened))
+    else:
+        check_model(resolved)
+        _scan(resolved, key, reporter, exclusions=frozenset(), exclusion_key=b"")
+        opened = create_store(layout, resolved, key)
+        _same_recipe(opened, resolved)
+    with opened.operation_lock().held(timeout_s=0):
+        if opened.ledger.ingested:
+            return opened, _compare(opened, resolved, reporter)
+        with opened.ingest_lock().held():
+            _ingest(opened, resolved, reporter)
+    return opened, 0
+
+
+def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
+    differences = difference(opened.recipe, resolved)
+    if differences:
+        raise RecipeError(
+            differences,
+            source=f"the store {str(opened.layout.root)!r} was trained under another recipe; this one",
+            hint="Train into another store, or go back to the stored recipe (recipe.yaml in the store).",
+        )
+
+
+def _excluder(exclusions: frozenset[tuple[str, bytes]], key: bytes) -> Callable[..., Any]:
+    return lambda records, subjects: excluded_rows(records, subjects, exclusions, key)
+
+
+def _scan(
+    recipe: Recipe, key: bytes, reporter: Reporter, *, exclusions: frozenset[tuple[str, bytes]], exclusion_key: bytes
+) -> None:
+    reporter.begin("checking the source", None)
+    try:
+        ingest.scan(
+            recipe,
+            routing_key=key,
+            excluded=_excluder(exclusions, exclusion_key),
+            on_progress=reporter.advance,
+        )
+    finally:
+        reporter.end()
+
+
+def _ingest(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> None:
+    exclusions = frozenset(opened.ledger.requests.exclusions())
+    reporter.begin("routing records", None)
+    try:
+        counts = ingest.write(
+            recipe,
+            opened.layout,
+            routing_key=opened.keys.routing,
+            excluded=_excluder(exclusions, opened.keys.exclusion),
+            on_progress=reporter.advance,
+        )
+    finally:
+        reporter.end()
+    opened.ledger.partitions.replace_all([Partition(c.shard, c.slice, c.records, c.membership) for c in counts])
+
+
+def _compare(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> int:
+    """Hold the source against the store; return how many stored rows it hasn't any more."""
+    exclusions = frozenset(opened.ledger.requests.exclusions())
+    reporter.begin("comparing the source with the store", None)
+    try:
+        found = ingest.compare(
+            recipe,
+            opened.layout,
+            routing_key=opened.keys.routing,
+            excluded=_excluder(exclusions, opened.keys.exclusion),
+            on_progress=reporter.advance,
+        )
+    finally:
+        reporter.end()
+    if found.new or found.changed:
+        raise UserError(
+            f"data.source has {found.new} new and {found.changed} changed records against the store; "
+            "adding and correcting records is not supported yet; nothing was changed",
+            hint="Train from the source as it was, or train into another store.",
+        )
+    if found.missing:
+        reporter.note(
+            f"{found.missing} records of the store are missing from the source; they are kept: only `sisa delete` deletes"
+        )
+    return int(found.missing)
+
+
+def _build(opened: OpenStore, execution: Execution, reporter: Reporter, *, upgrade: bool) -> Repair:
+    here = footing_here(opened)
+    standing = opened.ledger.footing()
+    if standing is None:
+        opened.ledger.stand_on(code=here.code, platform=here.platform, fingerprint=here.fingerprint)
+    moves = upgrade and standing is not None and standing != (here.code, here.platform)
+    if not moves:
+        require_same(opened, here)
+    done = bring_up(
+        opened,
+        shards=range(opened.shards),
+        code=here.code,
+        platform=here.platform,
+        execution=execution,
+        reporter=reporter,
+        cause="upgrade" if moves else "train",
+        fingerprint=here.fingerprint if moves else None,
+        read_reused=True,
+    )
+    raise_first(done.failures)
+    return done
+
+
+def raise_first(failures: dict[int, SisaError]) -> None:
+    """Raise the first shard's error, saying how many others failed.
+
+    Raises:
+        SisaError: There was one.
+    """
+    if not failures:
+        return
+    shard, error = min(failures.items(), key=lambda item: item[0])
+    if len(failures) > 1:
+        error.message = f"{error.message} (and {len(failures) - 1} other shards failed too)"
+        error.args = (error.message,)
+    raise error
+
+
+def _summary(store: Store, done: Repair, *, started: float, missing: int) -> Training:
+    opened = store.opened
+    partitions = opened.ledger.partitions.all()
+    return Training(
+        store=str(opened.layout.root),
+        version=done.version,
+        records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
+        subjects=store.count_subjects(),
+        holdout_records=sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
+        shards=opened.shards,
+        slices=opened.slices,
+        stages_trained=len(done.trained),
+        stages_reused=done.reused,
+        metrics=store.measure(),
+        seconds=round(time.monotonic() - started, 3),
+        missing_from_source=missing,
+    )
