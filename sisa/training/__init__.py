@@ -1,0 +1,1 @@
+"""One stage, and one shard's chain of stages."""

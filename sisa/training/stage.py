@@ -1,0 +1,181 @@
+"""One stage of one shard: a pure function of recipe, shard, stage, surviving records, shard keys and parent state.
+
+In order: take the preprocessing from the parent (or fit it on the first non-empty slice); build the model from the
+chain's seed and give it the parent's parameters, buffers, moments and schedule; then, epoch by epoch, seed every
+generator, order the records by key, cut batches, step. Nothing else gets in: no clock decides anything but when to
+look whether somebody asked us to stop.
+
+Every stage starts from a state, so a training that was interrupted between stages and one that was not are the same
+code path. Bits are the same on one platform fingerprint only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sisa.errors import SisaError, UserError
+from sisa.learners.columns import Array, Columns
+from sisa.learners.flags import derived_seed, device_of, seed_everything, training_flags
+from sisa.learners.gradients import Gradients, build_gradients, trainable
+from sisa.learners.models import build_model
+from sisa.learners.modules import INIT_SEED, dump_module, init_seed, restore_module
+from sisa.learners.optimizers import Optimizer, build_optimizer
+from sisa.learners.preprocess import Preprocessor
+from sisa.learners.resident import Resident
+from sisa.learners.schedules import Schedule, build_schedule
+from sisa.recipe import Recipe
+from sisa.routing.keys import ShardKeys
+from sisa.state import JSON, StageState
+from sisa.training.order import batch_sizes, epoch_order
+
+LOOK_UP_S = 0.1
+"""How often a training looks whether it should stop, and says how far it is."""
+
+
+class Stopped(SisaError):
+    """Somebody asked the training to stop; nothing of the stage is kept."""
+
+
+class TrainingError(UserError):
+    """The recipe doesn't lead to a model: its numbers grew beyond all bounds."""
+
+
+def train_stage(
+    *,
+    recipe: Recipe,
+    class_count: int,
+    shard: int,
+    stage: int,
+    epochs: int,
+    parent: StageState,
+    columns: Columns,
+    keys: ShardKeys,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[int], None],
+) -> StageState:
+    """Train one stage and return its full state.
+
+    Args:
+        recipe: A resolved recipe.
+        class_count: Number of declared classes.
+        shard: 0..S-1.
+        stage: 1..R.
+        epochs: Passes over ``columns``.
+        parent: State of stage - 1; empty for the first stage, or if slices before this one had no records.
+        columns: Records of slices 1..stage, in canonical order.
+        keys: The shard's keys.
+        should_stop: Asked several times a second.
+        on_progress: Told, several times a second, how many records *more* went through the model.
+
+    Returns:
+        The state; an empty one if there are no records.
+
+    Raises:
+        Stopped: ``should_stop`` said so.
+        TrainingError: The loss isn't a finite number at the end.
+        UserError: The model or the optimiser can't be built or run.
+    """
+    if not columns.count:
+        return StageState()
+    with training_flags(recipe):
+        run = _Run(recipe, class_count=class_count, shard=shard, parent=parent, columns=columns)
+        watch = _Watch(should_stop, on_progress, what=f"stage {stage} of shard {shard}")
+        seed = recipe.training.seed
+        for epoch in range(epochs):
+            seed_everything(derived_seed("sisa-epoch", seed, shard, stage, epoch))
+            run.epoch(epoch_order(keys.order, columns.uids_N, seed=seed, stage=stage, epoch=epoch), watch)
+        watch.look()
+        run.check(shard=shard, stage=stage)
+        return run.dump()
+
+
+class _Watch:
+    """Looks up from the work now and then."""
+
+    def __init__(self, should_stop: Callable[[], bool], on_progress: Callable[[int], None], *, what: str) -> None:
+        self._should_stop = should_stop
+        self._on_progress = on_progress
+        self._what = what
+        self._done = 0
+        self.due = 0.0
+
+    def add(self, records: int) -> None:
+        """Count records; look up if it is time to."""
+        self._done += records
+        if time.monotonic() >= self.due:
+            self.look()
+
+    def look(self) -> None:
+        """Stop if asked to, and report."""
+        if self._should_stop():
+            raise Stopped(f"{self._what} was stopped while it trained")
+        if self._done:
+            self._on_progress(self._done)
+            self._done = 0
+        self.due = time.monotonic() + LOOK_UP_S
+
+
+class _Run:
+    """Everything that a stage holds while it trains."""
+
+    def __init__(self, recipe: Recipe, *, class_count: int, shard: int, parent: StageState, columns: Columns) -> None:
+        device = device_of(recipe)
+        if parent.empty:
+            self._seed = derived_seed("sisa-init", recipe.training.seed, shard)
+            self._preprocessor = Preprocessor.fit(recipe, columns.first_slice())
+        else:
+            self._seed = init_seed(parent)
+            self._preprocessor = Preprocessor.from_state(recipe, parent)
+        shape = self._preprocessor.feature_shape
+        seed_everything(self._seed)
+        self._module = build_model(recipe, shape, class_count)
+        if not parent.empty:
+            restore_module(self._module, parent)
+        self._module.to(device)
+        self._optimizer: Optimizer = build_optimizer(recipe, trainable(self._module))
+        self._schedule: Schedule = build_schedule(recipe, self._optimizer)
+        if not parent.empty:
+            self._schedule.restore(parent)
+            self._optimizer.restore(parent)  # after the schedule, which sets a learning rate when it is built
+        X_ND = self._preprocessor.transform(columns)
+        resident = Resident.place(X_ND, recipe=recipe, feature_shape=shape, device=device)
+        self._gradients: Gradients = build_gradients(recipe, self._module, resident)
+        self._labels_N = torch.tensor(columns.labels_N, device=device)
+        self._sizes = batch_sizes(records=columns.count, batch_size=recipe.training.batch_size)
+
+    def epoch(self, order_N: Array, watch: _Watch) -> None:
+        """Train one pass over the records in the given order."""
+        order = torch.tensor(order_N, device=self._labels_N.device)
+        labels = self._labels_N.index_select(0, order)
+        self._module.train()
+        self._schedule.begin_epoch()
+        gradients, optimizer = self._gradients, self._optimizer
+        sizes = self._sizes
+        for rows_B, labels_B in zip(torch.split(order, sizes), torch.split(labels, sizes), strict=True):
+            optimizer.step(gradients(rows_B, labels_B))
+            watch.add(len(rows_B))
+        self._schedule.end_epoch()
+
+    def check(self, *, shard: int, stage: int) -> None:
+        """Refuse a model that has left the finite numbers."""
+        loss = self._gradients.loss()
+        finite = all(bool(parameter.isfinite().all()) for parameter in self._module.parameters())
+        if not (np.isfinite(loss) and finite):
+            raise TrainingError(
+                f"shard {shard}, stage {stage}: the loss is not a finite number any more (the last was {loss})",
+                hint="Lower training.optimizer.lr, in a new store.",
+            )
+
+    def dump(self) -> StageState:
+        """Return the full state."""
+        parts = [self._preprocessor.to_state(), self._optimizer.dump(), self._schedule.dump()]
+        tensors = dump_module(self._module)
+        scalars: dict[str, JSON] = {INIT_SEED: f"{self._seed:016x}"}
+        for part in parts:
+            tensors |= part.tensors
+            scalars |= part.scalars
+        return StageState(tensors, scalars)
