@@ -15,6 +15,7 @@ import zarr
 from checkpoint_kit import STAGE, files_of, make_state, same, write
 
 from sisa.checkpoints import CheckpointStore, MissingStage, StageId, packing, stage
+from sisa.checkpoints.manifest import sealed, unsealed
 from sisa.errors import DamagedError
 from sisa.state import StageState
 
@@ -153,6 +154,24 @@ def test_edited_attributes_are_noticed(store, change: Callable[[dict], object]):
             ask(STAGE)
 
 
+def test_a_stage_of_another_format_is_refused(store):
+    path = store.path(STAGE) / "zarr.json"
+    whole = json.loads(path.read_text())
+    whole["attributes"]["sisa"] = sealed(unsealed(whole["attributes"]["sisa"]) | {"format": 2})
+    path.write_text(json.dumps(whole))
+    with pytest.raises(DamagedError, match="format 2, expected 1"):
+        store.load(STAGE)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "state/zarr.json"])
+@pytest.mark.parametrize("change", [{"zarr_format": 2}, {"node_type": "other"}, {"added": 1}, {"fill_value": 1}])
+def test_edited_metadata_of_zarr_is_noticed(store, name, change):
+    path = store.path(STAGE) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DamagedError, match=r"zarr\.json is damaged"):
+        store.load(STAGE)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"attributes": []}', '{"attributes": {"sisa": 1}}', "\xff"])
 def test_other_json_is_noticed(store, text):
     (store.path(STAGE) / "zarr.json").write_text(text, encoding="latin-1")
@@ -193,18 +212,22 @@ def test_strays_are_everything_that_is_no_part_of_a_stage(store):
     links = [store.root / "shard-0007", folder.parent / f"stage-01-{'0' * 64}.{'0' * 12}", folder / "state" / "c.9"]
     for path in links:
         path.symlink_to(folder)
-    changed = [store.root / "zarr.json", folder.parent / "zarr.json"]
-    for path in changed:
-        path.write_bytes(path.read_bytes().replace(b"group", b"grouq"))
-    assert store.strays() == sorted(strays + links + changed)
+    for path in (folder / "state" / "c.0", store.root / "zarr.json"):
+        path.symlink_to(path.rename(store.root.parent / path.name))
+        links.append(path)
+    changed = folder.parent / "zarr.json"
+    changed.write_bytes(changed.read_bytes().replace(b"group", b"grouq"))
+    assert store.strays() == sorted([*strays, *links, changed])
     assert store.all_stages() == [STAGE]
     assert same(make_state(), store.load(STAGE)[1])
 
 
-def test_damaged_metadata_of_the_groups_around_is_healed_by_the_next_write(store):
-    for path in (store.root / "zarr.json", store.path(STAGE).parent / "zarr.json"):
+@pytest.mark.parametrize("names", [["."], ["shard-0003"], [".", "shard-0003"]])
+def test_damaged_metadata_of_the_groups_around_is_healed_by_the_next_write(store, names):
+    damaged = [store.root / name / "zarr.json" for name in names]
+    for path in damaged:
         path.write_bytes(b"")
-    assert len(store.strays()) == 2
+    assert store.strays() == sorted(damaged)
     write(store, make_state(), StageId(shard=3, stage=1, key="0" * 64, platform="0" * 12))
     assert store.strays() == []
     assert STAGE.folder.split("/")[1] in zarr.open_group(store.root, mode="r")["shard-0003"]
