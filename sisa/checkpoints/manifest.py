@@ -77,8 +77,10 @@ class Manifest:
     """``host:pid`` of the process that trained it."""
     fingerprint: dict[str, JSON]
     """The platform that it was trained on."""
-    epochs: int
-    steps: int
+    epochs: int | None = None
+    """Passes over these records in this stage; None if not told."""
+    steps: int | None = None
+    """Steps of the optimiser in this stage; None if not told."""
 
     def to_json(self) -> dict[str, JSON]:
         """Return plain data, the parts of the id beside the rest."""

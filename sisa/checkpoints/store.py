@@ -55,8 +55,8 @@ class CheckpointStore:
         seconds: float,
         worker: str,
         fingerprint: dict[str, JSON],
-        epochs: int,
-        steps: int,
+        epochs: int | None = None,
+        steps: int | None = None,
     ) -> Manifest:
         """Keep a stage durably, and return its manifest.
 
@@ -71,8 +71,8 @@ class CheckpointStore:
             seconds: How long its training took.
             worker: ``host:pid`` of the process that trained it.
             fingerprint: The platform that it was trained on.
-            epochs: Passes over these records in this stage.
-            steps: Steps of the optimiser in this stage.
+            epochs: Passes over these records in this stage; None if not told.
+            steps: Steps of the optimiser in this stage; None if not told.
 
         Raises:
             DamagedError: The stage is there already, with another state, or damaged.
