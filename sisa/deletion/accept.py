@@ -20,7 +20,7 @@ from sisa.errors import StoreError, UnknownIdsError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Request, Target
 from sisa.opening import OpenStore
-from sisa.records import present_ids
+from sisa.records.partition import present_ids
 from sisa.routing.ids import canonical_id
 from sisa.routing.keys import exclusion_digest
 

@@ -16,7 +16,8 @@ from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
-from sisa.records import RECORD, SUBJECT, read_partition, rewrite_partition
+from sisa.records.names import RECORD, SUBJECT
+from sisa.records.partition import read_partition, rewrite_partition
 from sisa.records.excluded import excluded_rows
 from sisa.routing.keys import shard_keys
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sisa.checkpoints import StageId
 from sisa.ensemble.aggregation import Scores, aggregate
 from sisa.errors import DamagedError, NoConstituentError, StoreError
 from sisa.learners.columns import Columns
@@ -81,7 +82,8 @@ class LiveEnsemble:
             row = store.ledger.stages.get(member.key, member.platform)
             if row is None or row.tainted:
                 raise DamagedError(f"stage {member.stage} of shard {member.shard} is not in the ledger any more")
-            state = store.checkpoints.load_row(row)
+            identity = StageId(row.shard, row.stage, row.key, row.platform)
+            _, state = store.checkpoints.load(identity, expect_full_digest=row.full_digest)
             self._loaded[name] = Constituent.from_state(store.recipe, len(store.classes), state)
         return self._loaded[name]
 

@@ -15,6 +15,7 @@ from sisa.recipe.schema import (
     ScheduleSpec,
     SisaSpec,
     TrainingSpec,
+    label_text,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingSpec",
     "difference",
     "dump_recipe",
+    "label_text",
     "load_recipe",
     "parse_recipe",
     "recipe_digest",

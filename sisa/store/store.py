@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sisa import opening
 from sisa.deletion import accept, bring_up, settle
 from sisa.ensemble.live import LiveEnsemble, predicted_classes
-from sisa.errors import FootingError, NoConstituentError, SisaError, UserError
+from sisa.errors import FootingError, NoConstituentError, UserError
 from sisa.execution import Execution
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.ledger import Request
@@ -21,8 +21,8 @@ from sisa.learners.columns import Columns, columns_from_table
 from sisa.progress import Reporter, Silent
 from sisa.proof import Verification, verify
 from sisa.proof.verify import Replay
-from sisa.records import RECORD, SUBJECT, present_ids, read_partition
-from sisa.records.features import feature_tables
+from sisa.records.partition import present_ids, read_partition
+from sisa.records.features import feature_table
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import footing_here, require_same
 from sisa.store.results import Deletion, Metrics, Repaired
@@ -85,7 +85,7 @@ class Store:
         return predicted_classes(self.predict_proba(rows), self.classes)
 
     def _columns(self, rows: Any) -> Columns:
-        table = feature_tables(rows, self.opened.recipe)
+        table = feature_table(rows, self.opened.recipe)
         return columns_from_table(table, self.opened.recipe)
 
     def delete(
@@ -380,5 +380,3 @@ def open_store(uri: str | Path) -> Store:
     """
     return Store(opening.open_store(Layout.at(uri)))
 
-
-__all__ = ["RECORD", "SUBJECT", "SisaError", "Store", "open_store", "request_json"]

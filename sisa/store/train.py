@@ -22,6 +22,7 @@ from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.excluded import excluded_rows
 from sisa.records.schema import resolve
+from sisa.records.source import open_source
 from sisa.store.footing import footing_here, require_same
 from sisa.store.results import Training
 from sisa.store.store import Store
@@ -80,7 +81,7 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
     """Return the store with its records in it, and how many of them the source hasn't any more."""
     if not is_store(layout):
         check_vacant(layout)
-    resolved = resolve(asked)
+    resolved = resolve(asked, open_source(asked.data.source))
     key = routing_key_for(asked, layout)
     if is_store(layout):
         opened = open_store(layout)

@@ -33,6 +33,7 @@ from sisa.recipe import Recipe
 from sisa.routing.keys import ShardKeys
 from sisa.state import StageState
 from sisa.training.events import Report, StageDone, Trained
+from sisa.training.order import batch_sizes
 from sisa.training.platform import fingerprint, platform_id
 from sisa.training.rows import read_slice
 from sisa.training.stage import Stopped, train_stage
@@ -163,13 +164,14 @@ class _Chain:
 
     def _train(self, stage: int) -> Manifest:
         task, started = self._task, time.monotonic()
-        budget = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))
+        epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
+        records = sum(task.records[:stage])
         state = train_stage(
             recipe=task.recipe,
             class_count=len(task.recipe.data.classes or []),
             shard=task.shard,
             stage=stage,
-            epochs=budget[stage - 1],
+            epochs=epochs,
             parent=self._parent(stage),
             columns=self._columns(stage),
             keys=task.keys,
@@ -183,10 +185,12 @@ class _Chain:
             self._identity(stage),
             state,
             parent_key=self._keys[stage - 2] if stage > 1 else "",
-            records=sum(task.records[:stage]),
+            records=records,
             seconds=time.monotonic() - started,
             worker=f"{socket.gethostname()}:{os.getpid()}",
             fingerprint=fingerprint(task.recipe),
+            epochs=epochs,
+            steps=epochs * len(batch_sizes(records=records, batch_size=task.recipe.training.batch_size)),
         )
 
     def _columns(self, stage: int) -> Columns:

@@ -7,7 +7,7 @@ import numpy as np
 from sisa.layout import Layout
 from sisa.learners.columns import Columns, columns_from_table
 from sisa.recipe import Recipe
-from sisa.records import read_partition
+from sisa.records.partition import read_partition
 from sisa.routing.keys import ShardKeys
 
 
@@ -18,8 +18,5 @@ def read_slice(layout: Layout, recipe: Recipe, keys: ShardKeys, slice_: int) -> 
         DamagedError: The partition's bytes are not what they were when it was written.
     """
     rows = read_partition(layout, recipe, keys, keys.shard, slice_)
-    halves_N2 = np.ascontiguousarray(rows.id_digests_N16).view(">u8").reshape(-1, 2)
-    order_N = np.lexsort((halves_N2[:, 1], halves_N2[:, 0]))
-    table = rows.table.take(order_N)
-    slices_N = np.full(len(order_N), slice_, np.int32)
-    return columns_from_table(table, recipe, keys=keys, slices_N=slices_N), rows.membership
+    slices_N = np.full(rows.table.num_rows, slice_, np.int32)
+    return columns_from_table(rows.table, recipe, keys=keys, slices_N=slices_N), rows.membership

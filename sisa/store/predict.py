@@ -1,0 +1,122 @@
+"""Answering a table: the input's columns plus ``prediction``, ``scores`` and ``version``.
+
+The output appears whole or not at all. If a quarantine is published while it is computed, the answers
+so far are void: everything is computed again from the version that is live then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from sisa.ensemble.live import LiveEnsemble, predicted_classes
+from sisa.errors import StoreError, UserError
+from sisa.files import replacing
+from sisa.learners.columns import columns_from_table
+from sisa.opening import OpenStore
+from sisa.progress import Reporter, Silent
+from sisa.recipe import label_text
+from sisa.records.features import feature_table, open_input, table_writer
+from sisa.records.source import Source
+from sisa.store.store import Store
+
+ADDED = ("prediction", "scores", "version")
+TRIES = 20
+
+
+class _Overtaken(Exception):
+    """A quarantine was published while answers were computed: they are thrown away."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What ``predict`` did."""
+
+    output: str
+    rows: int
+    version: int
+    voters: int
+    classes: list[bool | int | str]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def predict_table(store: Store, source: str, output: str | Path, *, reporter: Reporter | None = None) -> Prediction:
+    """Answer every row of a table and write the result as Parquet.
+
+    Args:
+        store: The store.
+        source: Table with the recipe's features, in any format that records come in.
+        output: Where the answers go.
+        reporter: Who wants to know how far it is.
+
+    Raises:
+        UserError: The input can't be used, or the output can't be written there.
+        NoConstituentError: No clean constituent is left.
+        DamagedError: A stage that should answer is damaged.
+    """
+    target = Path(output)
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"--output {str(target)!r}: its folder doesn't exist", hint="Make the folder first.")
+    if target.is_dir():
+        raise UserError(f"--output {str(target)!r}: expected a file, found a folder")
+    opened = store.opened
+    table = open_input(source, opened.recipe, added=ADDED)
+    reporter = reporter or Silent()
+    ensemble = LiveEnsemble(opened)
+    for _ in range(TRIES):
+        with contextlib.suppress(_Overtaken), replacing(target.absolute()) as scratch:
+            done = _answer(opened, ensemble, table, scratch, reporter)
+            if ensemble.overtaken(done.version):
+                raise _Overtaken
+            return Prediction(str(output), done.rows, done.version, done.voters, opened.classes)
+    raise StoreError("the ensemble kept changing while the table was answered", hint="Try again.")
+
+
+def _answer(
+    opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: Path, reporter: Reporter
+) -> Prediction:
+    schema = _output_schema(opened, table.schema)
+    rows, oldest, voters = 0, 0, 0
+    reporter.begin("predicting", table.rows)
+    try:
+        with table_writer(scratch, schema) as writer:
+            for batch in table.batches():
+                features = feature_table(batch, opened.recipe)
+                answer = ensemble.answer(columns_from_table(features, opened.recipe))
+                oldest = min(oldest or answer.version, answer.version)
+                voters = answer.voters
+                rows += batch.num_rows
+                added = [
+                    _predictions(predicted_classes(answer.scores_BC, opened.classes), schema.field("prediction").type),
+                    pa.FixedSizeListArray.from_arrays(pa.array(answer.scores_BC.reshape(-1)), len(opened.classes)),
+                    pa.array([answer.version] * batch.num_rows, pa.int64()),
+                ]
+                columns = [*batch.columns, added[0], added[1].cast(schema.field("scores").type), added[2]]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                reporter.advance(batch.num_rows)
+    finally:
+        reporter.end()
+    return Prediction("", rows, oldest, voters, opened.classes)
+
+
+def _predictions(classes: list[bool | int | str], kind: pa.DataType) -> pa.Array:
+    return pa.array([label_text(value) for value in classes] if kind == pa.string() else classes, kind)
+
+
+def _output_schema(opened: OpenStore, source: pa.Schema) -> pa.Schema:
+    kinds = {type(value) for value in opened.classes}
+    prediction = pa.bool_() if kinds == {bool} else pa.int64() if kinds == {int} else pa.string()
+    schema = source.remove_metadata()
+    for field in (
+        pa.field("prediction", prediction),
+        pa.field("scores", pa.list_(pa.float64())),
+        pa.field("version", pa.int64()),
+    ):
+        schema = schema.append(field)
+    return schema
