@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import torch
+
 from sisa.learners.columns import Categories, Columns
 from sisa.learners.flags import derived_seed
 from sisa.learners.models import build_model
@@ -116,7 +117,7 @@ def plain_loop(recipe: Recipe, columns: Columns, *, epochs=2, optimizer=None, st
         for epoch in range(epochs):
             seed = derived_seed("sisa-epoch", recipe.training.seed, 0, number, epoch)
             torch.manual_seed(seed)
-            np.random.seed([seed >> 32, seed & 0xFFFFFFFF])
+            np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002
             random.seed(seed)
             order = epoch_order(KEYS.order, seen.uids_N, seed=recipe.training.seed, stage=number, epoch=epoch)
             sizes = batch_sizes(records=seen.count, batch_size=recipe.training.batch_size)

@@ -62,10 +62,7 @@ class Constituent:
             scores: list[Array] = []
             for start in range(0, columns.count, batch_size):
                 rows = columns.rows(slice(start, start + batch_size))
-                shape = self._preprocessor.feature_shape
-                resident = Resident.place(
-                    self._preprocessor.transform(rows), recipe=self._recipe, feature_shape=shape, device=device
-                )
+                resident = Resident.of(rows, self._preprocessor, recipe=self._recipe, device=device)
                 logits_BC = self._module(resident.all())
                 scores.append(torch.softmax(logits_BC.double(), 1).cpu().numpy())
         return np.concatenate(scores) if scores else np.zeros((0, self._class_count))

@@ -128,11 +128,16 @@ class Preprocessor:
             return (channels, height, width)
         return (sum(self.widths),)
 
-    def transform(self, columns: Columns) -> Array:
-        """Return the rows that the model sees: X_ND float32; those of an image row by row, channels last."""
+    def transform(self, columns: Columns, *, out_ND: Array | None = None) -> Array:
+        """Return the rows that the model sees: X_ND float32; those of an image row by row, channels last.
+
+        Args:
+            columns: The records.
+            out_ND: Where to write the rows: zeros of the result's shape; by default a new array.
+        """
         widths = self.widths
         starts = np.concatenate([[0], np.cumsum(widths)]).astype(int).tolist()
-        X_ND = np.zeros((columns.count, starts[-1]), np.float32)
+        X_ND = np.zeros((columns.count, starts[-1]), np.float32) if out_ND is None else out_ND
         for columns_X, scale_2, block_NP in self._numeric_runs(columns, starts):
             _scaled(block_NP, scale_2, out_ND=X_ND[:, columns_X])
         vectors, categories = iter(range(len(self.sizes))), iter(range(len(self.vocabularies)))
@@ -166,14 +171,18 @@ def _scale(spec: ColumnSpec, values: Array) -> tuple[float, float]:
     """Return mean and population standard deviation: declared, or of the finite values."""
     if spec.mean is not None and spec.std is not None:
         return spec.mean, spec.std
-    flat = np.ascontiguousarray(values).reshape(-1).astype(np.float64)
-    present = flat[np.isfinite(flat)]
+    present = np.array(values, np.float64, order="C").reshape(-1)  # a copy, which is worked on below
+    if values.dtype != np.uint8:
+        finite = np.isfinite(present)
+        present = present if finite.all() else present[finite]
     if not present.size:
         return 0.0, 1.0
     if present.min() == present.max():
         return float(present[0]), 1.0
     with np.errstate(over="ignore", invalid="ignore"):
-        mean, std = float(present.mean()), float(present.std())
+        mean = float(present.mean())
+        present -= mean  # what present.std() does, without its temporary arrays
+        std = float(np.sqrt(np.square(present, out=present).mean()))
     # Values near the end of float64's range overflow a sum: such a column is left as it is.
     return (mean, std) if np.isfinite(mean) and np.isfinite(std) and std > 0 else (0.0, 1.0)
 
@@ -198,11 +207,14 @@ def _codes(column: Categories, vocabulary: tuple[str, ...]) -> Array:
 def _scaled(values_ND: Array, scale_2D: Array, *, out_ND: Array) -> None:
     """Write (x - mean) / std as float32, 0 where that isn't a finite number."""
     mean_D, std_D = scale_2D
-    if values_ND.dtype == np.uint8:
-        table = ((np.arange(256, dtype=np.float64) - mean_D) / std_D).astype(np.float32)
-        out_ND[:] = np.where(np.isfinite(table), table, np.float32(0))[values_ND]
-        return
     step = max(1, BLOCK_ELEMENTS // max(1, values_ND.shape[1]))
+    if values_ND.dtype == np.uint8:
+        with np.errstate(over="ignore"):
+            table = ((np.arange(256, dtype=np.float64) - mean_D) / std_D).astype(np.float32)
+        table[~np.isfinite(table)] = 0.0
+        for start in range(0, len(values_ND), step):
+            out_ND[start : start + step] = table.take(values_ND[start : start + step], mode="clip")
+        return
     for start in range(0, len(values_ND), step):
         with np.errstate(over="ignore", invalid="ignore"):
             block = np.subtract(values_ND[start : start + step], mean_D, dtype=np.float64)

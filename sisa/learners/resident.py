@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sisa.learners.columns import Array
+from sisa.learners.columns import Columns
 from sisa.learners.models import wants_channels_last
+from sisa.learners.preprocess import Preprocessor
 from sisa.recipe import Recipe
 
 
@@ -27,9 +28,18 @@ class Resident:
     """Rows of images are (height, width, channels) and batches stay so in memory."""
 
     @classmethod
-    def place(cls, X_ND: Array, *, recipe: Recipe, feature_shape: tuple[int, ...], device: torch.device) -> Resident:
-        """Copy preprocessed rows (images channels last) to ``device``."""
-        rows_ND = torch.from_numpy(X_ND).to(device, copy=True)
+    def of(cls, columns: Columns, preprocessor: Preprocessor, *, recipe: Recipe, device: torch.device) -> Resident:
+        """Preprocess records and put them on ``device``."""
+        rows_ND = torch.zeros((columns.count, sum(preprocessor.widths)))
+        preprocessor.transform(columns, out_ND=rows_ND.numpy())
+        return cls.place(rows_ND, recipe=recipe, feature_shape=preprocessor.feature_shape, device=device)
+
+    @classmethod
+    def place(
+        cls, rows_ND: torch.Tensor, *, recipe: Recipe, feature_shape: tuple[int, ...], device: torch.device
+    ) -> Resident:
+        """Put preprocessed rows (images channels last) on ``device``."""
+        rows_ND = rows_ND.to(device)
         channels_last = wants_channels_last(recipe)
         if len(feature_shape) == 3 and not channels_last:
             channels, height, width = feature_shape

@@ -141,8 +141,7 @@ class _Run:
         if not parent.empty:
             self._schedule.restore(parent)
             self._optimizer.restore(parent)  # after the schedule, which sets a learning rate when it is built
-        X_ND = self._preprocessor.transform(columns)
-        resident = Resident.place(X_ND, recipe=recipe, feature_shape=shape, device=device)
+        resident = Resident.of(columns, self._preprocessor, recipe=recipe, device=device)
         self._gradients: Gradients = build_gradients(recipe, self._module, resident)
         self._labels_N = torch.tensor(columns.labels_N, device=device)
         self._sizes = batch_sizes(records=columns.count, batch_size=recipe.training.batch_size)

@@ -6,13 +6,13 @@ that has nothing to train, that keeps state where we don't see it, or that isn't
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from sisa.errors import SisaError, UserError
-from sisa.learners.columns import feature_specs
+from sisa.learners.columns import Array, feature_specs
 from sisa.learners.flags import device_of, seed_everything, training_flags
 from sisa.learners.gradients import AutogradGradients, trainable
 from sisa.learners.models import build_model
@@ -94,8 +94,8 @@ def _train(
     if start is not None:
         schedule.restore(start)
         optimizer.restore(start)
-    X_ND = np.random.default_rng(SEED).random((ROWS, int(np.prod(shape))), dtype=np.float32)
-    resident = Resident.place(X_ND, recipe=recipe, feature_shape=shape, device=device)
+    rows_BD = torch.rand((ROWS, math.prod(shape)), generator=torch.Generator().manual_seed(SEED))
+    resident = Resident.place(rows_BD, recipe=recipe, feature_shape=shape, device=device)
     labels_B = torch.arange(ROWS, device=device) % class_count
     states: list[StageState] = []
     for step in steps:
@@ -110,7 +110,7 @@ def _train(
     return states[0], states[-1]
 
 
-def _copied(tensors: dict[str, np.ndarray], *parts: StageState) -> StageState:
+def _copied(tensors: dict[str, Array], *parts: StageState) -> StageState:
     state = StageState(dict(tensors))
     for part in parts:
         state.tensors.update(part.tensors)
