@@ -158,7 +158,8 @@ def _torch_class(name: str) -> type[LRScheduler]:
 def _number(arguments: dict[str, Any], name: str, default: float | None) -> float:
     value = arguments.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"training.schedule.{name}: expected a number, got {'nothing' if value is None else value!r}")
+        got = "nothing" if value is None else repr(value)
+        raise UserError(f"training.schedule.{name}: expected a number, got {got}")
     return float(value)
 
 
