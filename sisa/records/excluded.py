@@ -1,39 +1,53 @@
-"""Which rows belong to people who were deleted, told from keyed digests alone."""
+"""Telling which rows belong to people who were deleted, from the keyed digests that remember them."""
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from sisa.routing.keys import exclusion_digest
+from sisa.routing.keys import exclusion_hasher
 
 
 def excluded_rows(
-    record_ids: pa.Array | pa.ChunkedArray,
-    subject_ids: pa.Array | pa.ChunkedArray,
-    exclusions: AbstractSet[tuple[str, bytes]],
+    records: pa.Array | pa.ChunkedArray,
+    subjects: pa.Array | pa.ChunkedArray,
+    exclusions: Collection[tuple[str, bytes]],
     exclusion_key: bytes,
-) -> npt.NDArray[np.bool_]:
-    """Mark the rows (N) whose subject or whose record an exclusion covers.
+) -> NDArray[np.bool_]:
+    """Mark the rows whose record or subject is excluded.
 
     Args:
-        record_ids: Canonical record ids, N.
-        subject_ids: Canonical subject ids, N.
-        exclusions: (kind, digest) pairs, kind ``subject`` or ``record``.
-        exclusion_key: The key behind the digests.
+        records: N canonical record ids.
+        subjects: N canonical ids of their owners.
+        exclusions: Pairs of kind (``"record"`` or ``"subject"``) and digest.
+        exclusion_key: The store's exclusion key.
+
+    Returns:
+        (N,) bool.
     """
-    if not exclusions:
-        return np.zeros(len(record_ids), dtype=np.bool_)
-    marked: npt.NDArray[np.bool_] = np.fromiter(
-        (
-            ("subject", exclusion_digest(exclusion_key, "subject", subject)) in exclusions
-            or ("record", exclusion_digest(exclusion_key, "record", record)) in exclusions
-            for record, subject in zip(record_ids.to_pylist(), subject_ids.to_pylist(), strict=True)
-        ),
-        dtype=np.bool_,
-        count=len(record_ids),
-    )
-    return marked
+    marked_N = np.zeros(len(records), np.bool_)
+    kinds = {kind for kind, _ in exclusions}
+    if "record" in kinds:
+        marked_N |= _marked(records, "record", exclusions, exclusion_key)
+    if "subject" in kinds:
+        marked_N |= _marked(subjects, "subject", exclusions, exclusion_key)
+    return marked_N
+
+
+def _marked(
+    ids: pa.Array | pa.ChunkedArray,
+    kind: Literal["record", "subject"],
+    exclusions: Collection[tuple[str, bytes]],
+    exclusion_key: bytes,
+) -> NDArray[np.bool_]:
+    base = exclusion_hasher(exclusion_key, kind)
+    marked = []
+    for content in ids.cast(pa.binary()).to_numpy(zero_copy_only=False):
+        hasher = base.copy()
+        hasher.update(content)
+        marked.append((kind, hasher.digest()) in exclusions)
+    return np.array(marked, np.bool_)

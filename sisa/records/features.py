@@ -1,9 +1,9 @@
-"""Rows to predict on: from memory in whatever form a caller has them, or from a file, batch by batch."""
+"""Features without labels or ids: what a prediction is asked about, from a file or from memory."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,103 +14,122 @@ import pyarrow.parquet as papq
 from sisa.errors import SourceError, UserError
 from sisa.recipe import Recipe
 from sisa.records.encode import check_columns, features_batch
+from sisa.records.kinds import plain_array, plain_type
 from sisa.records.source import Source, open_source
 
 
-def feature_table(rows: Any, recipe: Recipe) -> pa.Table:
-    """Encode rows (B) in memory as the canonical features of a recipe.
+def open_input(uri: str, recipe: Recipe, *, added: Sequence[str] = ()) -> Source:
+    """Open a table that holds a recipe's features.
 
     Args:
-        rows: A pyarrow Table or RecordBatch, a dict of columns, a pandas DataFrame, or a 2-D array: of shape
-            (B, features) where every feature is numeric, (B, size) where the only one is a vector.
+        uri: Path or glob, in any format that records come in.
         recipe: A resolved recipe.
+        added: Columns that will be added to the table, so that it can't have them already.
 
     Raises:
-        UserError: Rows of another form.
-        SourceError: A feature is missing or isn't what the recipe says it is.
-    """
-    table = _as_table(rows, recipe)
-    check_columns(table.schema.names, recipe.data.features, what="the rows")
-    wanted = table.select(list(recipe.data.features)).combine_chunks()
-    batches = wanted.to_batches() or [pa.RecordBatch.from_pylist([], schema=wanted.schema)]
-    return pa.Table.from_batches([features_batch(batch, recipe) for batch in batches])
-
-
-def _as_table(rows: Any, recipe: Recipe) -> pa.Table:
-    if isinstance(rows, pa.Table):
-        return rows
-    if isinstance(rows, pa.RecordBatch):
-        return pa.Table.from_batches([rows])
-    if isinstance(rows, np.ndarray):
-        return _from_array(rows, recipe)
-    try:
-        if isinstance(rows, dict):
-            return pa.table({name: _column(name, values, recipe) for name, values in rows.items()})
-        if hasattr(rows, "columns") and hasattr(rows, "to_dict"):
-            return pa.Table.from_pandas(rows, preserve_index=False)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        raise UserError(f"rows can't be read as a table: {error}", hint="Give columns of equal length.") from error
-    raise UserError(
-        f"rows: expected a pyarrow Table, a dict of columns, a DataFrame or a 2-D array, got {type(rows).__name__}"
-    )
-
-
-def _column(name: str, values: Any, recipe: Recipe) -> pa.Array:
-    spec = recipe.data.columns.get(name)
-    if spec is not None and spec.type == "vector" and not isinstance(values, pa.Array | pa.ChunkedArray):
-        return _vectors(np.asarray(values, np.float32), spec.size or 0, name)
-    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
-
-
-def _from_array(rows: np.ndarray[Any, Any], recipe: Recipe) -> pa.Table:
-    names = list(recipe.data.features)
-    specs = [recipe.data.columns[name] for name in names]
-    if len(specs) == 1 and specs[0].type == "vector":
-        return pa.table({names[0]: _vectors(rows, specs[0].size or 0, names[0])})
-    if any(spec.type != "numeric" for spec in specs):
-        raise UserError(
-            "rows: an array can stand only for numeric features, or for one vector",
-            hint="Give a table or a dict with the columns' names.",
-        )
-    if rows.ndim != 2 or rows.shape[1] != len(names):
-        raise UserError(f"rows: expected an array of shape (B, {len(names)}), got {rows.shape}")
-    return pa.table({name: pa.array(np.ascontiguousarray(rows[:, i])) for i, name in enumerate(names)})
-
-
-def _vectors(rows: np.ndarray[Any, Any], size: int, name: str) -> pa.Array:
-    flat = rows.reshape(len(rows), -1) if rows.ndim > 1 and len(rows) else rows
-    if flat.ndim != 2 or flat.shape[1] != size:
-        raise UserError(f"{name}: expected an array of shape (B, {size}), got {rows.shape}")
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(flat).reshape(-1)), size)
-
-
-def open_input(uri: str, recipe: Recipe, *, added: tuple[str, ...]) -> Source:
-    """Open a table to predict on.
-
-    Args:
-        uri: As for a source of records.
-        recipe: A resolved recipe.
-        added: Names of the columns that the answer adds; the input must not have them.
-
-    Raises:
-        SourceError: It can't be read, lacks a feature or has a column of that name already.
+        SourceError: The table can't be read, lacks a feature, or has a column that is to be added.
     """
     source = open_source(uri)
     check_columns(source.schema.names, recipe.data.features, what=f"the input {uri!r}")
     taken = [name for name in added if name in source.schema.names]
     if taken:
         raise SourceError(
-            f"the input {uri!r} has a column {taken[0]!r} already, which the answer would add",
-            hint="Rename or drop it.",
+            f"the input {uri!r} has a column {', '.join(map(repr, taken))} already, which the answer adds",
+            hint="Rename the column, or leave it out.",
         )
     return source
 
 
+def feature_table(rows: Any, recipe: Recipe) -> pa.Table:
+    """Return the canonical features of rows that are in memory.
+
+    Args:
+        rows: B rows: a pyarrow Table or RecordBatch, a dict of columns, a pandas DataFrame, or (where every
+            feature is numeric, or the only one a vector) an array with one row for each.
+        recipe: A resolved recipe.
+
+    Returns:
+        B rows with the features in recipe order, each column in one chunk.
+
+    Raises:
+        UserError: A feature is missing, or a value isn't what the recipe says it is.
+    """
+    table = _table(rows, recipe)
+    check_columns(table.schema.names, recipe.data.features, what="the input")
+    columns = []
+    for name in recipe.data.features:
+        column = table.column(name)
+        array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        spec = recipe.data.columns[name]
+        columns.append(_fixed(array, name, size=spec.size or 0) if spec.type == "vector" else array)
+    batch = pa.record_batch(columns, names=list(recipe.data.features))
+    return pa.Table.from_batches([features_batch(batch, recipe)])
+
+
 @contextlib.contextmanager
 def table_writer(path: Path, schema: pa.Schema) -> Iterator[papq.ParquetWriter]:
-    """Write a Parquet file with page checksums, batch by batch."""
-    writer = papq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+    """Write a Parquet file batch by batch (``write_batch``); what is written so far stays if it fails.
+
+    Raises:
+        UserError: The file can't be written there.
+    """
     try:
-        yield writer
-    finally:
-        writer.close()
+        with papq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+            yield writer
+    except OSError as error:
+        raise UserError(f"{str(path.parent)!r} can't be written to: {error.strerror or 'no reason given'}") from error
+
+
+def _table(rows: Any, recipe: Recipe) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        return rows
+    if isinstance(rows, pa.RecordBatch):
+        return pa.Table.from_batches([rows])
+    try:
+        if isinstance(rows, dict):
+            return pa.table({name: _listed(values) for name, values in rows.items()})
+        if hasattr(rows, "columns") and hasattr(rows, "dtypes"):
+            return pa.Table.from_pandas(rows, preserve_index=False)
+        return _from_array(np.asarray(rows), recipe)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(
+            f"the input can't be read as a table of features ({type(error).__name__})",
+            hint="Give a pyarrow Table, a dict of columns, a pandas DataFrame or an array.",
+        ) from error
+
+
+def _listed(values: Any) -> Any:
+    """Arrow takes arrays of one dimension only; a row of more is a list."""
+    if isinstance(values, np.ndarray) and values.ndim > 1:
+        flat = values.reshape(len(values), -1)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+    return values
+
+
+def _from_array(array: np.ndarray[Any, Any], recipe: Recipe) -> pa.Table:
+    names = list(recipe.data.features)
+    kinds = [recipe.data.columns[name].type for name in names]
+    if kinds == ["vector"] and array.ndim >= 2:
+        return pa.table({names[0]: _listed(array)})
+    if set(kinds) == {"numeric"} and array.ndim == 2 and array.shape[1] == len(names):
+        return pa.table({name: np.ascontiguousarray(array[:, i]) for i, name in enumerate(names)})
+    if set(kinds) == {"numeric"}:
+        raise UserError(f"the input has the shape {array.shape}; expected one column for each of {len(names)} features")
+    raise UserError(
+        "an array can stand for rows only if every feature is numeric, or the only one is a vector",
+        hint="Give a pyarrow Table, a dict of columns or a pandas DataFrame.",
+    )
+
+
+def _fixed(array: pa.Array, name: str, *, size: int) -> pa.Array:
+    """Lists of variable length are what memory usually holds; here they must all have the vector's."""
+    plain = plain_array(array)
+    inner = plain_type(plain.type)
+    if not (pa.types.is_list(inner) or pa.types.is_large_list(inner)):
+        return plain
+    try:
+        return plain.cast(pa.list_(inner.value_type, size))
+    except pa.ArrowException as error:
+        raise SourceError(
+            f"column {name!r} is a vector of {size} numbers in the recipe; a row has another length"
+        ) from error

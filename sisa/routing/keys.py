@@ -109,6 +109,11 @@ def exclusion_digest(exclusion_key: bytes, kind: Literal["subject", "record"], i
         kind: What ``id_`` names; the same text as a subject and as a record has two digests.
         id_: Canonical text form of the id.
     """
-    return hashlib.blake2b(
-        id_.encode("utf-8"), digest_size=16, key=derive(exclusion_key, "exclusion", kind), person=b"sisa-exclusion"
-    ).digest()
+    hasher = exclusion_hasher(exclusion_key, kind)
+    hasher.update(id_.encode("utf-8"))
+    return hasher.digest()
+
+
+def exclusion_hasher(exclusion_key: bytes, kind: Literal["subject", "record"]) -> hashlib.blake2b:
+    """Return the hasher behind :func:`exclusion_digest`; copy it to digest many ids of one kind."""
+    return hashlib.blake2b(digest_size=16, key=derive(exclusion_key, "exclusion", kind), person=b"sisa-exclusion")
