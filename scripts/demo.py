@@ -80,7 +80,9 @@ def _story(place: Path, scratch: Path) -> bool:
         _stage_seconds(store, [shard], first=min(s for k, s in where if k == shard and s)) for shard in deleted.shards
     )
     total = store.opened.shards * store.opened.slices
-    console.print(f"{repaired.stages_retrained} of {total} stages retrained, the other {total - repaired.stages_retrained} kept")
+    console.print(
+        f"{repaired.stages_retrained} of {total} stages retrained, the other {total - repaired.stages_retrained} kept"
+    )
     _map(store, before=keys)
     _summary(before, quarantined, after, retrained_s, full_s)
 
@@ -113,7 +115,11 @@ def _proof(store: Any, scratch: Path) -> bool:
         table.add_column(heading)
     equal = True
     for ours, theirs in zip(store.status()["constituents"], fresh.status()["constituents"], strict=True):
-        same = bool(ours["state_digest"]) and ours["state_digest"] == theirs["state_digest"] and ours["key"] == theirs["key"]
+        same = (
+            bool(ours["state_digest"])
+            and ours["state_digest"] == theirs["state_digest"]
+            and ours["key"] == theirs["key"]
+        )
         equal &= same
         table.add_row(
             str(ours["shard"]), ours["state_digest"][:24], theirs["state_digest"][:24], "yes" if same else "NO"
@@ -143,13 +149,18 @@ def _stage_seconds(store: Any, shards: Any, *, first: int) -> float:
 def _map(store: Any, *, before: dict[tuple[int, int], str]) -> None:
     """Show shards x slices: which stages are as they were, which were trained now."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("", *(f"slices 1..{stage}" if stage > 1 else "slice 1" for stage in range(1, store.opened.slices + 1))):
+    for heading in (
+        "",
+        *(f"slices 1..{stage}" if stage > 1 else "slice 1" for stage in range(1, store.opened.slices + 1)),
+    ):
         table.add_column(heading)
     for shard in range(store.opened.shards):
         cells = []
         for row in store.opened.ledger.stages.all(shard):
             new = before and before.get((shard, row.stage)) != row.key
-            cells.append(f"[bold]retrained {row.key[:6]}[/]" if new else f"{'kept' if before else 'trained'} {row.key[:6]}")
+            cells.append(
+                f"[bold]retrained {row.key[:6]}[/]" if new else f"{'kept' if before else 'trained'} {row.key[:6]}"
+            )
         table.add_row(f"shard {shard}", *cells)
     console.print(table)
 

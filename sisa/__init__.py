@@ -30,6 +30,6 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sisa' has no attribute {name!r}")
-    import importlib  # noqa: PLC0415 - as late as the rest
+    import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)

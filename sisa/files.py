@@ -171,9 +171,7 @@ class FileLock:
             return "unknown holder"
 
     @contextlib.contextmanager
-    def held(
-        self, *, timeout_s: float | None = None, poll: Callable[[], None] | None = None
-    ) -> Iterator[FileLock]:
+    def held(self, *, timeout_s: float | None = None, poll: Callable[[], None] | None = None) -> Iterator[FileLock]:
         """Hold the lock for the length of a ``with`` block."""
         self.acquire(timeout_s=timeout_s, poll=poll)
         try:

@@ -18,7 +18,9 @@ from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_di
 from sisa.routing.keys import StoreKeys, new_key, parse_key
 from sisa.routing.router import Router
 
-PARTS = frozenset({"recipe.yaml", "ledger.db", "ledger.db-journal", "records", "checkpoints", "keys", "locks", "scratch", "audit"})
+PARTS = frozenset(
+    {"recipe.yaml", "ledger.db", "ledger.db-journal", "records", "checkpoints", "keys", "locks", "scratch", "audit"}
+)
 """What may lie directly in a store."""
 
 
@@ -161,7 +163,11 @@ def check_vacant(layout: Layout) -> None:
     root = layout.root
     if root.exists() and not root.is_dir():
         raise UserError(f"store {str(root)!r}: expected a folder, found a file", hint="Choose another path.")
-    strangers = sorted(p.name for p in root.iterdir() if p.name not in PARTS and not p.name.startswith("tmp-")) if root.exists() else []
+    strangers = (
+        sorted(p.name for p in root.iterdir() if p.name not in PARTS and not p.name.startswith("tmp-"))
+        if root.exists()
+        else []
+    )
     if strangers and not is_store(layout):
         raise UserError(
             f"store {str(root)!r}: the folder is not empty and not a store (it holds {strangers[0]!r})",

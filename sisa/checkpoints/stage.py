@@ -25,7 +25,7 @@ EMPTY_GROUP: Final[dict[str, JSON]] = {"attributes": {}, "zarr_format": 3, "node
 """The metadata of a group without attributes."""
 
 _TENSORS: Final = ("model.", "buffer.", "preprocess.", "optimizer.", "schedule.")
-_SCALARS: Final = ("preprocess.", "optimizer.", "schedule.")
+_SCALARS: Final = ("preprocess.", "optimizer.", "schedule.", "rng.")
 _HEAL: Final = "Run `sisa repair`: it trains the stage again from the last good one."
 
 

@@ -17,7 +17,9 @@ from sisa.errors import UserError
 @store_option
 @click.option("--subject", "subjects", multiple=True, metavar="ID...", help="A person: everything they own goes.")
 @click.option("--record", "records", multiple=True, metavar="ID...", help="A single row.")
-@click.option("--from", "file", metavar="FILE", help="Ids from a file: one per line, or Parquet/CSV with the id column.")
+@click.option(
+    "--from", "file", metavar="FILE", help="Ids from a file: one per line, or Parquet/CSV with the id column."
+)
 @click.option("--reason", default="", metavar="TEXT", help="Kept with the request; no personal data, please.")
 @click.option("--defer", is_flag=True, help="Erase now, retrain later with `sisa repair`.")
 @click.option("--ignore-missing", is_flag=True, help="Skip ids that the store doesn't know.")
@@ -36,7 +38,7 @@ def delete(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Delete people or records from a store.
+    r"""Delete people or records from a store.
 
     From the moment the request is accepted no prediction uses a model that saw them. Then their rows
     and every weight that descends from them are erased, and the affected part of one shard is
@@ -48,7 +50,7 @@ def delete(
       sisa delete --store runs/adult --from leavers.txt --defer
       sisa repair --store runs/adult
     """
-    from sisa.store import open_store  # noqa: PLC0415 - torch only when there is work
+    from sisa.store import open_store
 
     if sum(map(bool, (subjects, records, file))) != 1:
         raise UserError(
@@ -57,7 +59,7 @@ def delete(
     sys.path.insert(0, str(Path.cwd()))
     opened = open_store(store)
     if file is not None:
-        from sisa.records.ids import read_ids  # noqa: PLC0415
+        from sisa.records.ids import read_ids
 
         data = opened.opened.recipe.data
         kind, ids = read_ids(file, subject_column=data.subject_column, record_column=data.record_id)

@@ -26,7 +26,7 @@ from sisa.errors import SisaError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="sisa")
 def cli() -> None:
-    """Train models that can forget.
+    r"""Train models that can forget.
 
     Records are routed to shards and slices, one isolated model is trained per shard, and their
     predictions are averaged. Deleting a person takes every model that saw them out of service at once,

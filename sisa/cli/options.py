@@ -26,7 +26,9 @@ def json_option(function: F) -> F:
 def execution_options(function: F) -> F:
     """Add ``--executor``, ``--address`` and ``--workers``."""
     for option in (
-        click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Chains trained at a time (default: cores)."),
+        click.option(
+            "--workers", type=click.IntRange(min=1), metavar="N", help="Chains trained at a time (default: cores)."
+        ),
         click.option("--address", metavar="RAY", help="A running Ray cluster, e.g. ray://head:10001 or auto."),
         click.option(
             "--executor",

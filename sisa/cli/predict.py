@@ -17,7 +17,7 @@ from sisa.cli.reporting import reporter
 @click.option("--output", required=True, metavar="OUT.parquet", help="Where the table goes.")
 @json_option
 def predict(store: str, source: str, output: str, as_json: bool) -> None:
-    """Add prediction, scores and version to a table.
+    r"""Add prediction, scores and version to a table.
 
     Scores are one probability per class, in the order of the recipe's classes. Label and id columns are
     not needed; what the input has is kept.
@@ -26,8 +26,8 @@ def predict(store: str, source: str, output: str, as_json: bool) -> None:
     Example:
       sisa predict --store runs/adult new-people.parquet --output answers.parquet
     """
-    from sisa.store import open_store  # noqa: PLC0415 - torch only when there is work
-    from sisa.store.predict import predict_table  # noqa: PLC0415
+    from sisa.store import open_store
+    from sisa.store.predict import predict_table
 
     sys.path.insert(0, str(Path.cwd()))
     done = predict_table(open_store(store), source, output, reporter=reporter())

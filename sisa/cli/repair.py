@@ -17,13 +17,13 @@ from sisa.cli.wording import repair_lines
 @execution_options
 @json_option
 def repair(store: str, executor: str, address: str | None, workers: int | None, as_json: bool) -> None:
-    """Finish what is open: deferred or killed deletions, missing or damaged stages.
+    r"""Finish what is open: deferred or killed deletions, missing or damaged stages.
 
     \b
     Example:
       sisa repair --store runs/adult --executor ray
     """
-    from sisa.store import open_store  # noqa: PLC0415 - torch only when there is work
+    from sisa.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
     done = open_store(store).repair(executor=executor, address=address, workers=workers, reporter=reporter())

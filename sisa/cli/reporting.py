@@ -60,8 +60,8 @@ class Bar:
 
     def begin(self, what: str, total: int | None) -> None:
         """Show the bar."""
-        from rich.console import Console  # noqa: PLC0415 - only where there is a terminal
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         left = [TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()] if total else []
         self._bar = Progress(

@@ -14,14 +14,14 @@ from sisa.cli.options import json_option, print_json, store_option
 @click.argument("request", required=False)
 @json_option
 def status(store: str, request: str | None, as_json: bool) -> None:
-    """Show what is live, stage by stage, and the deletion requests; or one request.
+    r"""Show what is live, stage by stage, and the deletion requests; or one request.
 
     \b
     Examples:
       sisa status --store runs/adult
       sisa status --store runs/adult del-0123456789abcdef
     """
-    from sisa.store import open_store  # noqa: PLC0415 - heavy imports only when there is work
+    from sisa.store import open_store
 
     opened = open_store(store)
     answer = opened.status()
@@ -42,8 +42,8 @@ def _print_request(request: dict[str, Any]) -> None:
 
 
 def _print_store(answer: dict[str, Any]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - only for people
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False)
     console.print(

@@ -14,7 +14,9 @@ from sisa.cli.reporting import reporter
 @click.command()
 @click.argument("config", metavar="CONFIG.yaml")
 @click.option("--store", metavar="URI", help="Where the trained ensemble goes; overrides `store:` of the config.")
-@click.option("--set", "overrides", multiple=True, metavar="a.b=value", help="Override a field of the config; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="a.b=value", help="Override a field of the config; repeatable."
+)
 @click.option("--upgrade", is_flag=True, help="Rebuild everything if the code or the platform changed since.")
 @execution_options
 @json_option
@@ -28,7 +30,7 @@ def train(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Train what isn't trained yet.
+    r"""Train what isn't trained yet.
 
     Run it again after a crash and it goes on; run it on a finished store and it trains nothing. A store
     keeps its recipe: another one is refused, with the difference.
@@ -38,8 +40,8 @@ def train(
       sisa train configs/digits.yaml --store runs/digits
       sisa train configs/adult.yaml --set training.epochs=10 --executor ray --workers 2
     """
-    from sisa.recipe import load_recipe  # noqa: PLC0415 - torch and Ray only when there is work
-    from sisa.store import train as train_store  # noqa: PLC0415
+    from sisa.recipe import load_recipe
+    from sisa.store import train as train_store
 
     sys.path.insert(0, str(Path.cwd()))  # a model factory may lie in the current folder
     recipe = load_recipe(config, overrides=overrides)
@@ -65,4 +67,6 @@ def train(
     )
     if done.metrics is not None:
         m = done.metrics
-        click.echo(f"accuracy {m.accuracy:.4f}, log loss {m.log_loss:.4f} on {m.records:,} held-out records ({m.voters} voters)")
+        click.echo(
+            f"accuracy {m.accuracy:.4f}, log loss {m.log_loss:.4f} on {m.records:,} held-out records ({m.voters} voters)"
+        )

@@ -12,7 +12,7 @@ from sisa.cli.options import execution_options, json_option, print_json, store_o
 from sisa.cli.reporting import reporter
 
 
-class ReplayChoice(click.ParamType):
+class ReplayChoice(click.ParamType[str | int]):
     """``none``, ``all`` or a number of constituents."""
 
     name = "none|all|N"
@@ -32,7 +32,13 @@ class ReplayChoice(click.ParamType):
 
 @click.command()
 @store_option
-@click.option("--replay", type=ReplayChoice(), default="none", show_default=True, help="Retrain all, or N random, constituents from nothing.")
+@click.option(
+    "--replay",
+    type=ReplayChoice(),
+    default="none",
+    show_default=True,
+    help="Retrain all, or N random, constituents from nothing.",
+)
 @execution_options
 @json_option
 @click.pass_context
@@ -45,7 +51,7 @@ def verify(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Check a store without trusting it; exit 1 and the list if anything is wrong.
+    r"""Check a store without trusting it; exit 1 and the list if anything is wrong.
 
     Recomputes from the rows on disk which stages there should be, checks every byte of them, looks for
     rows of deleted people, for leftovers and for files that nobody answers for. With --replay it
@@ -56,7 +62,7 @@ def verify(
       sisa verify --store runs/adult
       sisa verify --store runs/adult --replay all --executor ray
     """
-    from sisa.store import open_store  # noqa: PLC0415 - torch only when there is work
+    from sisa.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
     found = open_store(store).verify(
@@ -69,7 +75,9 @@ def verify(
     if as_json:
         print_json(found.as_dict())
     else:
-        click.echo(f"{found.stages_checked} stages checked, {found.stages_replayed} retrained from nothing ({found.comparison})")
+        click.echo(
+            f"{found.stages_checked} stages checked, {found.stages_replayed} retrained from nothing ({found.comparison})"
+        )
         for problem in found.problems:
             click.echo(f"  problem: {problem}")
         click.echo("ok" if found.ok else f"FAILED: {len(found.problems)} problems")

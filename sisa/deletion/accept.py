@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sisa.errors import StoreError, UnknownIdsError
 from sisa.layout import HOLDOUT_SLICE
-from sisa.ledger import Request, Target
+from sisa.ledger import Kind, Request, Target
 from sisa.opening import OpenStore
 from sisa.records.partition import present_ids
 from sisa.routing.ids import canonical_id
@@ -81,10 +81,11 @@ def _resolve(store: OpenStore, subjects: Sequence[str], records: Sequence[str]) 
     wanted_records = {} if own_subjects else {canonical_id(i): i for i in records}
     targets: list[Target] = []
     missing: list[str] = []
-    for kind, wanted, found in (
+    searches: tuple[tuple[Kind, dict[str, str], dict[str, _Found]], ...] = (
         ("subject", wanted_subjects, _find_subjects(store, list(wanted_subjects))),
         ("record", wanted_records, _find_records(store, list(wanted_records))),
-    ):
+    )
+    for kind, wanted, found in searches:
         digests = {i: exclusion_digest(store.keys.exclusion, kind, i) for i in wanted}
         before = store.ledger.requests.excluded_by((kind, digest) for digest in digests.values())
         for identifier, digest in digests.items():
@@ -96,10 +97,10 @@ def _resolve(store: OpenStore, subjects: Sequence[str], records: Sequence[str]) 
     return targets, missing
 
 
-def _target(store: OpenStore, kind: str, digest: bytes, found: _Found) -> Target:
+def _target(store: OpenStore, kind: Kind, digest: bytes, found: _Found) -> Target:
     key = store.keys.exclusion
     return Target(
-        kind="subject" if kind == "subject" else "record",
+        kind=kind,
         digest=digest,
         places=tuple(sorted(found.places)),
         record_digests=tuple(exclusion_digest(key, "record", record) for record in found.records),

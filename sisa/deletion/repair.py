@@ -16,6 +16,7 @@ from sisa.execution import Execution, Plan, build
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
+from sisa.state import JSON
 
 
 @dataclass
@@ -39,7 +40,7 @@ def bring_up(
     execution: Execution,
     reporter: Reporter,
     cause: str,
-    fingerprint: dict[str, object] | None = None,
+    fingerprint: dict[str, JSON] | None = None,
     heal: bool = False,
     read_reused: bool = False,
 ) -> Repair:
@@ -106,16 +107,14 @@ def _unsettled(store: OpenStore) -> bool:
 
 
 def _publish(
-    store: OpenStore, result: Repair, *, code: str, platform: str, cause: str, fingerprint: dict[str, object] | None
+    store: OpenStore, result: Repair, *, code: str, platform: str, cause: str, fingerprint: dict[str, JSON] | None
 ) -> None:
     """Publish the newest clean stages and close the repaired requests, in one transaction."""
     ledger = store.ledger
     with ledger.database.transaction():
         if fingerprint is not None:
             ledger.stand_on(code=code, platform=platform, fingerprint=fingerprint)
-        result.version = ledger.versions.publish_newest(
-            cause=cause, shards=store.shards, code=code, platform=platform
-        )
+        result.version = ledger.versions.publish_newest(cause=cause, shards=store.shards, code=code, platform=platform)
         if fingerprint is not None:
             ledger.stages.retire_others(code=code, platform=platform)
         for request in ledger.requests.open():

@@ -16,9 +16,9 @@ from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
+from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import read_partition, rewrite_partition
-from sisa.records.excluded import excluded_rows
 from sisa.routing.keys import shard_keys
 
 PURGED = STATES.index("stages_purged")

@@ -22,7 +22,7 @@ from sisa.planning.epochs import epoch_budget
 from sisa.progress import Reporter
 from sisa.routing.keys import shard_keys
 from sisa.training.chain import ChainTask
-from sisa.training.events import Event, StageDone, Trained
+from sisa.training.events import Event, Trained
 from sisa.training.stage import Stopped
 
 
@@ -74,7 +74,7 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
     try:
         done.used_ray = execution.uses_ray(store.recipe, chains=len(tasks), record_epochs=total)
         if done.used_ray:
-            from sisa.execution.cluster import run_on_ray  # noqa: PLC0415 - Ray only where it is used
+            from sisa.execution.cluster import run_on_ray
 
             workers = execution.worker_count(len(tasks))
             run_on_ray(tasks, collect.event, collect.failure, address=execution.address, workers=workers)

@@ -143,7 +143,7 @@ def _connected(address: str | None, workers: int) -> Iterator[Any]:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray  # noqa: PLC0415 - starting Python with Ray costs a second that most commands don't need
+    import ray
 
     if ray.is_initialized():
         yield ray

@@ -9,7 +9,7 @@ from torch import nn
 from sisa.learners.columns import Array
 from sisa.state import StageState
 
-INIT_SEED = "model.seed"
+INIT_SEED = "rng.init"
 """Scalar of a state, 16 hex digits: the seed that the model is built with, in every stage and for predictions, so
 that constants which a module draws but doesn't register are the same each time."""
 

@@ -2,8 +2,8 @@
 
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
-from sisa.ledger.requests import STATES, Acceptance, Request, Target
+from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
 from sisa.ledger.stages import StageRow
 from sisa.ledger.versions import Member, Version
 
-__all__ = ["STATES", "Acceptance", "Ledger", "Member", "Partition", "Request", "StageRow", "Target", "Version"]
+__all__ = ["STATES", "Acceptance", "Kind", "Ledger", "Member", "Partition", "Request", "StageRow", "Target", "Version"]

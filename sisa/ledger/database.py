@@ -155,5 +155,6 @@ def _translated(error: sqlite3.Error, path: Path) -> BusyError | DamagedError:
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return BusyError(f"ledger {path.name} was locked for {BUSY_TIMEOUT_S:.0f} s", hint="Run the command again.")
     return DamagedError(
-        f"ledger {path.name} can't be used: {error}", hint="Restore the store's ledger from a copy made while no command ran."
+        f"ledger {path.name} can't be used: {error}",
+        hint="Restore the store's ledger from a copy made while no command ran.",
     )

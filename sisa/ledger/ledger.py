@@ -11,6 +11,7 @@ from sisa.ledger.partitions import Partitions
 from sisa.ledger.requests import Requests
 from sisa.ledger.stages import Stages
 from sisa.ledger.versions import Versions
+from sisa.state import JSON
 
 
 class Ledger:
@@ -61,11 +62,11 @@ class Ledger:
         code, platform = self.fact("code"), self.fact("platform")
         return (code, platform) if code is not None and platform is not None else None
 
-    def stand_on(self, *, code: str, platform: str, fingerprint: dict[str, object]) -> None:
+    def stand_on(self, *, code: str, platform: str, fingerprint: dict[str, JSON]) -> None:
         """Set the footing on which every constituent has to be trained."""
         self.remember(code=code, platform=platform, fingerprint=json.dumps(fingerprint, sort_keys=True))
 
-    def fingerprint(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, JSON]:
         """Return the platform fingerprint of the live chains."""
         text = self.fact("fingerprint")
         return dict(json.loads(text)) if text else {}

@@ -48,7 +48,9 @@ class Partitions:
     def all(self, shard: int | None = None) -> list[Partition]:
         """Return the partitions, of one shard or of all, in order."""
         where, parameters = ("WHERE shard = ?", (shard,)) if shard is not None else ("", ())
-        return [_partition(r) for r in self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)]  # noqa: S608 - no value in the text
+        return [
+            _partition(r) for r in self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)  # noqa: S608 - no value in it
+        ]
 
     def get(self, shard: int, slice_: int) -> Partition:
         """Return one partition."""

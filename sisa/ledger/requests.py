@@ -116,16 +116,15 @@ class Requests:
         )
         self._db.many("INSERT INTO request_partitions VALUES (?, ?, ?)", [(identifier, *place) for place in places])
         self._db.many(
-            "INSERT OR IGNORE INTO exclusions VALUES (?, ?, ?)", [(kind, digest, identifier) for kind, digest in digests]
+            "INSERT OR IGNORE INTO exclusions VALUES (?, ?, ?)",
+            [(kind, digest, identifier) for kind, digest in digests],
         )
         self._db.many("UPDATE partitions SET changes = changes + 1, dirty = 1 WHERE shard = ? AND slice = ?", places)
         tainted_from: dict[int, int] = {}
         for shard, slice_ in places:
             if slice_ != HOLDOUT_SLICE:
                 tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
-        self._db.many(
-            "UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items())
-        )
+        self._db.many("UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items()))
         self._db.note("request_accepted", request=identifier, shards=sorted(tainted_from))
         if tainted_from:
             number = self._versions.publish_fallback(tainted_from, request=identifier)
@@ -163,9 +162,7 @@ class Requests:
         with self._db.transaction():
             request = self.get(identifier)
             if STATES.index(state) > STATES.index(request.state):
-                self._db.rows(
-                    "UPDATE requests SET state = ?, updated_at = ? WHERE id = ?", (state, now(), identifier)
-                )
+                self._db.rows("UPDATE requests SET state = ?, updated_at = ? WHERE id = ?", (state, now(), identifier))
                 self._db.note("request_state", request=identifier, state=state)
             for column, value in [
                 ("version_after", version_after), ("stages_retrained", stages_retrained), ("note", note)
@@ -201,5 +198,7 @@ class Requests:
 
     def _request(self, row: sqlite3.Row) -> Request:
         values = {name: row[name] for name in row.keys() if name != "number"}  # noqa: SIM118 - a Row iterates over values
-        places = self._db.rows("SELECT shard, slice FROM request_partitions WHERE request = ? ORDER BY 1, 2", (row["id"],))
+        places = self._db.rows(
+            "SELECT shard, slice FROM request_partitions WHERE request = ? ORDER BY 1, 2", (row["id"],)
+        )
         return Request(**values, places=tuple((p["shard"], p["slice"]) for p in places))

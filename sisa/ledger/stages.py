@@ -85,7 +85,10 @@ class Stages:
     def all(self, shard: int | None = None) -> list[StageRow]:
         """Return all stages, tainted ones included, in order of shard and stage."""
         where, parameters = ("WHERE shard = ?", (shard,)) if shard is not None else ("", ())
-        return [_stage(r) for r in self._db.rows(f"SELECT * FROM stages {where} ORDER BY shard, stage, code, platform", parameters)]  # noqa: S608 - no value in the text
+        return [
+            _stage(r)
+            for r in self._db.rows(f"SELECT * FROM stages {where} ORDER BY shard, stage, code, platform", parameters)  # noqa: S608 - no value in it
+        ]
 
     def tainted(self, shard: int | None = None) -> list[StageRow]:
         """Return the stages that have to be purged."""
@@ -113,9 +116,7 @@ class Stages:
             self._db.rows(
                 "UPDATE members SET key = NULL, platform = NULL WHERE key = ? AND platform = ?", (row.key, row.platform)
             )
-            self._db.rows(
-                "INSERT INTO past_stages VALUES (?, ?, ?, ?)", (row.shard, row.stage, row.created_at, now())
-            )
+            self._db.rows("INSERT INTO past_stages VALUES (?, ?, ?, ?)", (row.shard, row.stage, row.created_at, now()))
             self._db.note("stage_purged", shard=row.shard, stage=row.stage)
 
 

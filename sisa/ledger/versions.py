@@ -64,7 +64,9 @@ class Versions:
 
     def all(self) -> list[tuple[int, str, str]]:
         """Return number, time and cause of every version."""
-        return [(r["number"], r["created_at"], r["cause"]) for r in self._db.rows("SELECT * FROM versions ORDER BY number")]
+        return [
+            (r["number"], r["created_at"], r["cause"]) for r in self._db.rows("SELECT * FROM versions ORDER BY number")
+        ]
 
     def last_quarantine(self) -> int:
         """Return the number of the latest quarantine version: answers of older ones are void."""

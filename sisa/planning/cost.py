@@ -47,9 +47,7 @@ def expected_fraction(*, shards: int, slices: int, deletions: int) -> float:
     >>> expected_fraction(shards=4, slices=1, deletions=1)
     0.25
     """
-    weights = sum(
-        stage * (1.0 - (1.0 - stage / (shards * slices)) ** deletions) for stage in range(1, slices + 1)
-    )
+    weights = sum(stage * (1.0 - (1.0 - stage / (shards * slices)) ** deletions) for stage in range(1, slices + 1))
     return 2.0 * weights / (slices * (slices + 1))
 
 

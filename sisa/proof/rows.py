@@ -9,9 +9,9 @@ from sisa.files import TEMPORARY
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
+from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition, stray_files
-from sisa.records.excluded import excluded_rows
 from sisa.routing.keys import shard_keys
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from sisa.lineage import stage_key
 from sisa.opening import PARTS, OpenStore
 from sisa.progress import Reporter
 from sisa.proof.rows import check_rows
+from sisa.state import JSON
 from sisa.training.platform import fingerprint, platform_id
 
 Replay = Literal["none", "all"] | int
@@ -42,7 +44,7 @@ class Verification:
     """Processes (host:pid) that replayed."""
     comparison: str = "none"
     """``bitwise``, ``none`` without a replay, or that bits can't be compared on this platform."""
-    fingerprint: dict[str, object] = field(default_factory=dict)
+    fingerprint: dict[str, JSON] = field(default_factory=dict)
     """Of this process."""
     open_requests: list[str] = field(default_factory=list)
 
@@ -69,7 +71,7 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
     reporter.begin("verifying", len(checks) + 2 * store.shards)
     try:
         for check in checks:
-            result.problems += _guarded(lambda check=check: check(store))  # type: ignore[misc]
+            result.problems += _guarded(lambda check=check: check(store))
             reporter.advance(1)
         expected: dict[tuple[int, int], str] = {}
         for shard in range(store.shards):
@@ -78,7 +80,7 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
             expected |= _expected_keys(store, shard, memberships)
             reporter.advance(1)
         for shard in range(store.shards):
-            result.problems += _guarded(lambda shard=shard: _check_stages(store, shard, expected, result))  # type: ignore[misc]
+            result.problems += _guarded(lambda shard=shard: _check_stages(store, shard, expected, result))
             reporter.advance(1)
     finally:
         reporter.end()
@@ -94,10 +96,10 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
     return result
 
 
-def _guarded(check: object) -> list[str]:
+def _guarded(check: Callable[[], list[str]]) -> list[str]:
     """Run a check; an error of ours is what it found."""
     try:
-        return list(check())  # type: ignore[operator]
+        return check()
     except SisaError as error:
         return [error.message]
 
@@ -159,9 +161,11 @@ def _check_stages(
     rows = store.ledger.stages.all(shard)
     footing = store.ledger.footing()
     entered = {(row.key, row.platform) for row in rows}
-    for identity in store.checkpoints.list_shard(shard):
-        if (identity.key, identity.platform) not in entered:
-            problems.append(f"shard {shard}, stage {identity.stage}: a checkpoint that the ledger doesn't know (orphan)")
+    problems += [
+        f"shard {shard}, stage {identity.stage}: a checkpoint that the ledger doesn't know (orphan)"
+        for identity in store.checkpoints.list_shard(shard)
+        if (identity.key, identity.platform) not in entered
+    ]
     present: set[int] = set()
     for row in rows:
         where = f"shard {shard}, stage {row.stage}"
@@ -174,7 +178,7 @@ def _check_stages(
         present.add(row.stage)
         if (shard, row.stage) in expected and row.key != expected[shard, row.stage]:
             problems.append(f"{where}: its key is not the one that the rows on disk call for")
-        problems += _guarded(lambda row=row: _check_bytes(store, row))  # type: ignore[misc]
+        problems += _guarded(lambda row=row: _check_bytes(store, row))
         result.stages_checked += 1
     waiting = any(shard in request.shards for request in store.ledger.requests.open())
     absent = sorted(set(range(1, store.slices + 1)) - present)
@@ -202,7 +206,9 @@ def _check_version(store: OpenStore) -> list[str]:
             continue
         row = store.ledger.stages.get(member.key, member.platform)
         if row is None or row.tainted:
-            problems.append(f"version {version.number}: shard {member.shard} is served from a stage that is gone or tainted")
+            problems.append(
+                f"version {version.number}: shard {member.shard} is served from a stage that is gone or tainted"
+            )
         elif row.records == 0:
             problems.append(f"version {version.number}: shard {member.shard} votes without having seen a record")
     if not store.ledger.requests.open():
@@ -210,7 +216,9 @@ def _check_version(store: OpenStore) -> list[str]:
         for shard in range(store.shards):
             newest = max((r.stage for r in store.ledger.stages.all(shard) if not r.tainted and r.records), default=0)
             if serving.get(shard, 0) != newest:
-                problems.append(f"version {version.number}: shard {shard} is served from stage {serving.get(shard, 0)}, not {newest}")
+                problems.append(
+                    f"version {version.number}: shard {shard} is served from stage {serving.get(shard, 0)}, not {newest}"
+                )
     return problems
 
 
@@ -242,7 +250,9 @@ def _replay(
         _remove_scratch(store.layout.scratch)
     problems = [f"replay of shard {shard}: {error.message}" for shard, error in sorted(done.failures.items())]
     problems += [f"replay of shard {shard}: stopped by a deletion" for shard in sorted(done.interrupted)]
-    problems += [f"replay of shard {r.shard}, stage {r.stage}: took a stage instead of training it" for r in done.reused]
+    problems += [
+        f"replay of shard {r.shard}, stage {r.stage}: took a stage instead of training it" for r in done.reused
+    ]
     result.stages_replayed = len(done.trained)
     result.workers = sorted({row.worker for row in done.trained})
     return problems + _compare(store, done.trained)

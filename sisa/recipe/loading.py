@@ -77,7 +77,9 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"config {str(path)!r} can't be read: {reason}", hint="Give the path of a YAML file.") from error
+        raise UserError(
+            f"config {str(path)!r} can't be read: {reason}", hint="Give the path of a YAML file."
+        ) from error
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -92,7 +94,9 @@ def parse_recipe(content: object, *, overrides: Sequence[str] = (), source: str 
         RecipeError: Fields are wrong; all of them are listed with their path.
     """
     if not isinstance(content, dict):
-        raise RecipeError([f"expected a mapping with data, model, training and sisa; got {_kind(content)}"], source=source)
+        raise RecipeError(
+            [f"expected a mapping with data, model, training and sisa; got {_kind(content)}"], source=source
+        )
     merged = _with_overrides(content, overrides)
     problems: dict[str, None] = {}
     for _ in range(MOST_PASSES):

@@ -130,9 +130,13 @@ class DataSpec(Section):
         if self.features != "*":
             listed = list(self.features)
             if not listed:
-                problems.append("features: expected at least one column, or \"*\"")
+                problems.append('features: expected at least one column, or "*"')
             problems += [f"features: {n!r} is listed twice" for n in sorted({n for n in listed if listed.count(n) > 1})]
-            for field, column in [("record_id", self.record_id), ("subject_id", self.subject_id), ("label", self.label)]:
+            for field, column in [
+                ("record_id", self.record_id),
+                ("subject_id", self.subject_id),
+                ("label", self.label),
+            ]:
                 if column in listed:
                     problems.append(f"features: {column!r} is the {field}; a model must not be trained on it")
             problems += [
@@ -144,8 +148,11 @@ class DataSpec(Section):
                 problems.append(f"image: expected exactly one feature, the image; got {len(listed)}")
         if self.label in {self.record_id, self.subject_id}:
             problems.append(f"label: {self.label!r} is also an id column")
-        problems += [f"features: {n!r}: names starting with {RESERVED_PREFIX!r} are reserved"
-                     for n in (self.features if self.features != "*" else []) if n.startswith(RESERVED_PREFIX)]
+        problems += [
+            f"features: {n!r}: names starting with {RESERVED_PREFIX!r} are reserved"
+            for n in (self.features if self.features != "*" else [])
+            if n.startswith(RESERVED_PREFIX)
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -2,6 +2,6 @@
 
 from sisa.store.results import Deletion, Repaired, Training
 from sisa.store.store import Store, open_store
-from sisa.store.train import train
+from sisa.store.launch import train
 
 __all__ = ["Deletion", "Repaired", "Store", "Training", "open_store", "train"]

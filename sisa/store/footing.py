@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sisa.errors import FootingError
 from sisa.learners.source import code_version
 from sisa.opening import OpenStore
+from sisa.state import JSON
 from sisa.training.platform import fingerprint, platform_id
 
 
@@ -16,7 +17,7 @@ class Footing:
 
     code: str
     platform: str
-    fingerprint: dict[str, object]
+    fingerprint: dict[str, JSON]
 
 
 def footing_here(store: OpenStore) -> Footing:

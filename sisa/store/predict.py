@@ -78,9 +78,7 @@ def predict_table(store: Store, source: str, output: str | Path, *, reporter: Re
     raise StoreError("the ensemble kept changing while the table was answered", hint="Try again.")
 
 
-def _answer(
-    opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: Path, reporter: Reporter
-) -> Prediction:
+def _answer(opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: Path, reporter: Reporter) -> Prediction:
     schema = _output_schema(opened, table.schema)
     rows, oldest, voters = 0, 0, 0
     reporter.begin("predicting", table.rows)

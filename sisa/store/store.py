@@ -16,13 +16,13 @@ from sisa.ensemble.live import LiveEnsemble, predicted_classes
 from sisa.errors import FootingError, NoConstituentError, UserError
 from sisa.execution import Execution
 from sisa.layout import HOLDOUT_SLICE, Layout
-from sisa.ledger import Request
 from sisa.learners.columns import Columns, columns_from_table
+from sisa.ledger import Request
 from sisa.progress import Reporter, Silent
 from sisa.proof import Verification, verify
 from sisa.proof.verify import Replay
-from sisa.records.partition import present_ids, read_partition
 from sisa.records.features import feature_table
+from sisa.records.partition import present_ids, read_partition
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import footing_here, require_same
 from sisa.store.results import Deletion, Metrics, Repaired
@@ -142,7 +142,9 @@ class Store:
         reporter.note(f"accepted as {accepted.request.id}: no prediction uses these rows any more")
         settle(self.opened, accepted.request, reporter)
         note = "" if defer else self._repair_after(accepted.request.id, execution, reporter)
-        return self._deletion(accepted.request.id, accepted.missing, repeated=accepted.repeated, note=note, started=started)
+        return self._deletion(
+            accepted.request.id, accepted.missing, repeated=accepted.repeated, note=note, started=started
+        )
 
     def _repair_after(self, request: str, execution: Execution, reporter: Reporter) -> str:
         """Repair unless it is done already; return why it has to wait, if it has to."""
@@ -379,4 +381,3 @@ def open_store(uri: str | Path) -> Store:
         DamagedError: A part of it is missing or unreadable.
     """
     return Store(opening.open_store(Layout.at(uri)))
-

@@ -6,7 +6,6 @@ Everything that can be refused is refused before the first byte is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from sisa.execution import Execution
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.learners.check import check_model
 from sisa.ledger import Partition
-from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, router_of, routing_key_for
+from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, routing_key_for
 from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
+from sisa.records.arrivals import Excluded
 from sisa.records.excluded import excluded_rows
-from sisa.records.schema import resolve
+from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
 from sisa.store.footing import footing_here, require_same
 from sisa.store.results import Training
@@ -90,7 +90,7 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
             require_same(opened, footing_here(opened))
     else:
         check_model(resolved)
-        _scan(resolved, key, reporter, exclusions=frozenset(), exclusion_key=b"")
+        _scan(asked, resolved, key, reporter)
         opened = create_store(layout, resolved, key)
         _same_recipe(opened, resolved)
     with opened.operation_lock().held(timeout_s=0):
@@ -111,34 +111,32 @@ def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
         )
 
 
-def _excluder(exclusions: frozenset[tuple[str, bytes]], key: bytes) -> Callable[..., Any]:
-    return lambda records, subjects: excluded_rows(records, subjects, exclusions, key)
+def _excluder(opened: OpenStore) -> Excluded:
+    exclusions = opened.ledger.requests.exclusions().keys()
+    return lambda records, subjects: excluded_rows(records, subjects, exclusions, opened.keys.exclusion)
 
 
-def _scan(
-    recipe: Recipe, key: bytes, reporter: Reporter, *, exclusions: frozenset[tuple[str, bytes]], exclusion_key: bytes
-) -> None:
-    reporter.begin("checking the source", None)
+def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
+    reporter.begin("checking the source", ingest.rows(resolved))
     try:
         ingest.scan(
-            recipe,
+            resolved,
             routing_key=key,
-            excluded=_excluder(exclusions, exclusion_key),
+            undeclared_text=undeclared_text(asked, resolved),
             on_progress=reporter.advance,
         )
     finally:
         reporter.end()
 
 
-def _ingest(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> None:
-    exclusions = frozenset(opened.ledger.requests.exclusions())
-    reporter.begin("routing records", None)
+def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
+    reporter.begin("routing records", ingest.rows(resolved))
     try:
         counts = ingest.write(
-            recipe,
+            resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(exclusions, opened.keys.exclusion),
+            excluded=_excluder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -146,21 +144,20 @@ def _ingest(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> None:
     opened.ledger.partitions.replace_all([Partition(c.shard, c.slice, c.records, c.membership) for c in counts])
 
 
-def _compare(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> int:
+def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
     """Hold the source against the store; return how many stored rows it hasn't any more."""
-    exclusions = frozenset(opened.ledger.requests.exclusions())
-    reporter.begin("comparing the source with the store", None)
+    reporter.begin("comparing the source with the store", ingest.rows(resolved))
     try:
         found = ingest.compare(
-            recipe,
+            resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(exclusions, opened.keys.exclusion),
+            excluded=_excluder(opened),
             on_progress=reporter.advance,
         )
     finally:
         reporter.end()
-    if found.new or found.changed:
+    if not found.clean:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "
             "adding and correcting records is not supported yet; nothing was changed",
@@ -168,9 +165,10 @@ def _compare(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> int:
         )
     if found.missing:
         reporter.note(
-            f"{found.missing} records of the store are missing from the source; they are kept: only `sisa delete` deletes"
+            f"{found.missing} records of the store are missing from the source; they are kept: "
+            "only `sisa delete` deletes"
         )
-    return int(found.missing)
+    return found.missing
 
 
 def _build(opened: OpenStore, execution: Execution, reporter: Reporter, *, upgrade: bool) -> Repair:
@@ -204,7 +202,7 @@ def raise_first(failures: dict[int, SisaError]) -> None:
     """
     if not failures:
         return
-    shard, error = min(failures.items(), key=lambda item: item[0])
+    error = failures[min(failures)]
     if len(failures) > 1:
         error.message = f"{error.message} (and {len(failures) - 1} other shards failed too)"
         error.args = (error.message,)
