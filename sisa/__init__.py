@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sisa.recipe import Recipe, load_recipe
-    from sisa.store import Store, open_store, train
+    from sisa.store.launch import train
+    from sisa.store.store import Store, open_store
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Store", "__version__", "load_recipe", "open_store", "train"]
@@ -21,9 +22,9 @@ __all__ = ["Recipe", "Store", "__version__", "load_recipe", "open_store", "train
 _HOMES = {
     "Recipe": "sisa.recipe",
     "load_recipe": "sisa.recipe",
-    "Store": "sisa.store",
-    "open_store": "sisa.store",
-    "train": "sisa.store",
+    "Store": "sisa.store.store",
+    "open_store": "sisa.store.store",
+    "train": "sisa.store.launch",
 }
 
 

@@ -50,7 +50,7 @@ def delete(
       sisa delete --store runs/adult --from leavers.txt --defer
       sisa repair --store runs/adult
     """
-    from sisa.store import open_store
+    from sisa.store.store import open_store
 
     if sum(map(bool, (subjects, records, file))) != 1:
         raise UserError(

@@ -26,8 +26,8 @@ def predict(store: str, source: str, output: str, as_json: bool) -> None:
     Example:
       sisa predict --store runs/adult new-people.parquet --output answers.parquet
     """
-    from sisa.store import open_store
     from sisa.store.predict import predict_table
+    from sisa.store.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
     done = predict_table(open_store(store), source, output, reporter=reporter())

@@ -23,7 +23,7 @@ def repair(store: str, executor: str, address: str | None, workers: int | None, 
     Example:
       sisa repair --store runs/adult --executor ray
     """
-    from sisa.store import open_store
+    from sisa.store.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
     done = open_store(store).repair(executor=executor, address=address, workers=workers, reporter=reporter())

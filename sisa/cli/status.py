@@ -21,7 +21,7 @@ def status(store: str, request: str | None, as_json: bool) -> None:
       sisa status --store runs/adult
       sisa status --store runs/adult del-0123456789abcdef
     """
-    from sisa.store import open_store
+    from sisa.store.store import open_store
 
     opened = open_store(store)
     answer = opened.status()

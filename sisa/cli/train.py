@@ -41,7 +41,7 @@ def train(
       sisa train configs/adult.yaml --set training.epochs=10 --executor ray --workers 2
     """
     from sisa.recipe import load_recipe
-    from sisa.store import train as train_store
+    from sisa.store.launch import train as train_store
 
     sys.path.insert(0, str(Path.cwd()))  # a model factory may lie in the current folder
     recipe = load_recipe(config, overrides=overrides)

@@ -62,7 +62,7 @@ def verify(
       sisa verify --store runs/adult
       sisa verify --store runs/adult --replay all --executor ray
     """
-    from sisa.store import open_store
+    from sisa.store.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
     found = open_store(store).verify(

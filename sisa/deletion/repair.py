@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from sisa.deletion.settle import purge_shard, settle_all
 from sisa.errors import SisaError
-from sisa.execution import Execution, Plan, build
+from sisa.execution.build import Plan, build
+from sisa.execution.options import Execution
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
 from sisa.progress import Reporter

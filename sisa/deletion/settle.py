@@ -8,6 +8,8 @@ purge; a trainer gives the latter up when it sees the mark.
 
 from __future__ import annotations
 
+import pyarrow as pa
+
 from sisa.checkpoints import StageId
 from sisa.errors import DamagedError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
@@ -81,6 +83,7 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
         shard,
         slice_,
         records=int(keep_N.sum()),
+        subjects=len(rows.table[SUBJECT].filter(pa.array(keep_N)).unique()),
         membership=membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N]),
     )
     if not keep_N.all():

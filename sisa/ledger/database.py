@@ -23,8 +23,8 @@ BUSY_TIMEOUT_S = 60.0
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE partitions (
-    shard INTEGER NOT NULL, slice INTEGER NOT NULL, records INTEGER NOT NULL, membership TEXT NOT NULL,
-    next_records INTEGER, next_membership TEXT, changes INTEGER NOT NULL DEFAULT 0, dirty INTEGER NOT NULL DEFAULT 0,
+    shard INTEGER NOT NULL, slice INTEGER NOT NULL, records INTEGER NOT NULL, subjects INTEGER NOT NULL,
+    membership TEXT NOT NULL, next_records INTEGER, next_subjects INTEGER, next_membership TEXT, changes INTEGER NOT NULL DEFAULT 0, dirty INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (shard, slice)) STRICT;
 CREATE TABLE requests (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,

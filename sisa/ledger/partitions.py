@@ -21,8 +21,8 @@ class Partition:
     shard: int
     slice: int
     records: int
+    subjects: int
     membership: str
-    next_records: int | None = None
     next_membership: str | None = None
     changes: int = 0
     dirty: bool = False
@@ -39,8 +39,8 @@ class Partitions:
         with self._db.transaction():
             self._db.rows("DELETE FROM partitions")
             self._db.many(
-                "INSERT INTO partitions (shard, slice, records, membership) VALUES (?, ?, ?, ?)",
-                [(p.shard, p.slice, p.records, p.membership) for p in partitions],
+                "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (?, ?, ?, ?, ?)",
+                [(p.shard, p.slice, p.records, p.subjects, p.membership) for p in partitions],
             )
             self._db.rows("INSERT OR REPLACE INTO facts VALUES ('ingested', 'yes')")
             self._db.note("ingested", records=sum(p.records for p in partitions))
@@ -49,20 +49,21 @@ class Partitions:
         """Return the partitions, of one shard or of all, in order."""
         where, parameters = ("WHERE shard = ?", (shard,)) if shard is not None else ("", ())
         return [
-            _partition(r) for r in self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)  # noqa: S608 - no value in it
+            _partition(r)
+            for r in self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)  # noqa: S608 - no value in it
         ]
 
     def get(self, shard: int, slice_: int) -> Partition:
         """Return one partition."""
         row = self._db.row("SELECT * FROM partitions WHERE shard = ? AND slice = ?", (shard, slice_))
-        return _partition(row) if row is not None else Partition(shard, slice_, 0, "")
+        return _partition(row) if row is not None else Partition(shard, slice_, 0, 0, "")
 
-    def prepare_erasure(self, shard: int, slice_: int, *, records: int, membership: str) -> None:
+    def prepare_erasure(self, shard: int, slice_: int, *, records: int, subjects: int, membership: str) -> None:
         """Write down what the slice will hold, before its file is replaced."""
         with self._db.transaction():
             self._db.rows(
-                "UPDATE partitions SET next_records = ?, next_membership = ? WHERE shard = ? AND slice = ?",
-                (records, membership, shard, slice_),
+                "UPDATE partitions SET next_records = ?, next_subjects = ?, next_membership = ? WHERE shard = ? AND slice = ?",
+                (records, subjects, membership, shard, slice_),
             )
 
     def finish_erasure(self, shard: int, slice_: int, *, changes: int) -> bool:
@@ -72,8 +73,8 @@ class Partitions:
         """
         with self._db.transaction():
             self._db.rows(
-                "UPDATE partitions SET records = next_records, membership = next_membership, next_records = NULL,"
-                " next_membership = NULL, dirty = (changes <> ?) WHERE shard = ? AND slice = ?",
+                "UPDATE partitions SET records = next_records, subjects = next_subjects, membership = next_membership,"
+                " next_records = NULL, next_subjects = NULL, next_membership = NULL, dirty = (changes <> ?) WHERE shard = ? AND slice = ?",
                 (changes, shard, slice_),
             )
             return not self.get(shard, slice_).dirty
@@ -84,8 +85,8 @@ def _partition(row: sqlite3.Row) -> Partition:
         shard=row["shard"],
         slice=row["slice"],
         records=row["records"],
+        subjects=row["subjects"],
         membership=row["membership"],
-        next_records=row["next_records"],
         next_membership=row["next_membership"],
         changes=row["changes"],
         dirty=bool(row["dirty"]),

@@ -81,6 +81,7 @@ class Requests:
     def __init__(self, database: Database, versions: Versions) -> None:
         self._db = database
         self._versions = versions
+        self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
 
     def accept(self, targets: Sequence[Target], *, reason: str) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
@@ -147,7 +148,8 @@ class Requests:
 
     def open(self) -> list[Request]:
         """Return the requests that have something left to do, oldest first."""
-        return [request for request in self.all() if request.open]
+        rows = self._db.rows("SELECT * FROM requests WHERE state <> ? ORDER BY number", (STATES[-1],))
+        return [self._request(row) for row in rows]
 
     def advance(
         self,
@@ -192,9 +194,14 @@ class Requests:
             return found
 
     def exclusions(self) -> dict[tuple[str, bytes], str]:
-        """Return every exclusion and the request that made it."""
-        rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
-        return {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows}
+        """Return every exclusion and the request that made it; read again only after a new request."""
+        with self._db.snapshot():
+            newest = self._db.row("SELECT coalesce(max(number), 0) AS number FROM requests")
+            number = int(newest["number"]) if newest is not None else 0
+            if self._known[0] != number:
+                rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
+                self._known = (number, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})
+            return self._known[1]
 
     def _request(self, row: sqlite3.Row) -> Request:
         values = {name: row[name] for name in row.keys() if name != "number"}  # noqa: SIM118 - a Row iterates over values

@@ -11,12 +11,14 @@ import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from sisa.checkpoints import StageId
 from sisa.errors import BusyError, SisaError
-from sisa.execution import Execution, Plan, build
+from sisa.execution.build import Plan, build
+from sisa.execution.options import Execution
 from sisa.files import make_folder, remove
 from sisa.learners.source import code_version
 from sisa.ledger import STATES, StageRow
@@ -71,7 +73,7 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
     reporter.begin("verifying", len(checks) + 2 * store.shards)
     try:
         for check in checks:
-            result.problems += _guarded(lambda check=check: check(store))
+            result.problems += _guarded(partial(check, store))
             reporter.advance(1)
         expected: dict[tuple[int, int], str] = {}
         for shard in range(store.shards):
@@ -80,13 +82,13 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
             expected |= _expected_keys(store, shard, memberships)
             reporter.advance(1)
         for shard in range(store.shards):
-            result.problems += _guarded(lambda shard=shard: _check_stages(store, shard, expected, result))
+            result.problems += _guarded(partial(_check_stages, store, shard, expected, result))
             reporter.advance(1)
     finally:
         reporter.end()
-    result.problems += _guarded(lambda: _check_version(store))
+    result.problems += _guarded(partial(_check_version, store))
     if replay != "none":
-        result.problems += _guarded(lambda: _replay(store, replay, result, execution, reporter))
+        result.problems += _guarded(partial(_replay, store, replay, result, execution, reporter))
     result.open_requests = [request.id for request in store.ledger.requests.open()]
     result.ok = not result.problems
     if result.problems and store.ledger.last_event() != before:
@@ -178,7 +180,7 @@ def _check_stages(
         present.add(row.stage)
         if (shard, row.stage) in expected and row.key != expected[shard, row.stage]:
             problems.append(f"{where}: its key is not the one that the rows on disk call for")
-        problems += _guarded(lambda row=row: _check_bytes(store, row))
+        problems += _guarded(partial(_check_bytes, store, row))
         result.stages_checked += 1
     waiting = any(shard in request.shards for request in store.ledger.requests.open())
     absent = sorted(set(range(1, store.slices + 1)) - present)

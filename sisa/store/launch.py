@@ -11,7 +11,7 @@ from typing import Any
 
 from sisa.deletion.repair import Repair, bring_up
 from sisa.errors import RecipeError, SisaError, UserError
-from sisa.execution import Execution
+from sisa.execution.options import Execution
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.learners.check import check_model
 from sisa.ledger import Partition
@@ -21,6 +21,7 @@ from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
 from sisa.records.excluded import excluded_rows
+from sisa.records.partition import present_ids
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
 from sisa.store.footing import footing_here, require_same
@@ -141,7 +142,14 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
         )
     finally:
         reporter.end()
-    opened.ledger.partitions.replace_all([Partition(c.shard, c.slice, c.records, c.membership) for c in counts])
+    opened.ledger.partitions.replace_all(
+        [
+            Partition(
+                c.shard, c.slice, c.records, len(present_ids(opened.layout, c.shard, c.slice)[1].unique()), c.membership
+            )
+            for c in counts
+        ]
+    )
 
 
 def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
@@ -216,7 +224,7 @@ def _summary(store: Store, done: Repair, *, started: float, missing: int) -> Tra
         store=str(opened.layout.root),
         version=done.version,
         records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
-        subjects=store.count_subjects(),
+        subjects=sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),
         holdout_records=sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
         shards=opened.shards,
         slices=opened.slices,

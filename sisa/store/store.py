@@ -7,28 +7,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sisa import opening
-from sisa.deletion import accept, bring_up, settle
-from sisa.ensemble.live import LiveEnsemble, predicted_classes
-from sisa.errors import FootingError, NoConstituentError, UserError
-from sisa.execution import Execution
-from sisa.layout import HOLDOUT_SLICE, Layout
-from sisa.learners.columns import Columns, columns_from_table
-from sisa.ledger import Request
+from sisa.deletion.accept import accept
+from sisa.deletion.settle import settle
+from sisa.errors import FootingError, UserError
+from sisa.layout import Layout
 from sisa.progress import Reporter, Silent
-from sisa.proof import Verification, verify
-from sisa.proof.verify import Replay
-from sisa.records.features import feature_table
-from sisa.records.partition import present_ids, read_partition
-from sisa.routing.keys import shard_keys
-from sisa.store.footing import footing_here, require_same
-from sisa.store.results import Deletion, Metrics, Repaired
+from sisa.store.results import Deletion, Metrics, Repaired, Training
+from sisa.store.status import status
 
 if TYPE_CHECKING:
-    from sisa.store.results import Training
+    import numpy as np
+    import numpy.typing as npt
+
+    from sisa.deletion.repair import Repair
+    from sisa.ensemble.live import LiveEnsemble
+    from sisa.execution.options import Execution
+    from sisa.ledger import Request
+    from sisa.proof.verify import Replay, Verification
+
+# What needs torch is imported where it is used: asking for the status, or deferring a repair, doesn't.
 
 
 class Store:
@@ -42,7 +40,7 @@ class Store:
 
     def __init__(self, opened: opening.OpenStore) -> None:
         self.opened = opened
-        self._ensemble = LiveEnsemble(opened)
+        self._live: LiveEnsemble | None = None
 
     def __repr__(self) -> str:
         return f"Store({str(self.opened.layout.root)!r}, version={self.version})"
@@ -76,17 +74,26 @@ class Store:
             NoConstituentError: No clean constituent is left.
             DamagedError: A stage that should answer is damaged.
         """
-        columns = self._columns(rows)
-        answer = self._ensemble.answer(columns)
-        return answer.scores_BC
+        from sisa.learners.columns import columns_from_table
+        from sisa.records.features import feature_table
+
+        columns = columns_from_table(feature_table(rows, self.opened.recipe), self.opened.recipe)
+        return self.ensemble.answer(columns).scores_BC
 
     def predict(self, rows: Any) -> list[bool | int | str]:
         """Return the predicted class of each row; see :meth:`predict_proba`."""
+        from sisa.ensemble.live import predicted_classes
+
         return predicted_classes(self.predict_proba(rows), self.classes)
 
-    def _columns(self, rows: Any) -> Columns:
-        table = feature_table(rows, self.opened.recipe)
-        return columns_from_table(table, self.opened.recipe)
+    @property
+    def ensemble(self) -> LiveEnsemble:
+        """The live ensemble, with the constituents that this process has loaded."""
+        if self._live is None:
+            from sisa.ensemble.live import LiveEnsemble
+
+            self._live = LiveEnsemble(self.opened)
+        return self._live
 
     def delete(
         self,
@@ -126,7 +133,7 @@ class Store:
         wanted_subjects, wanted_records = [str(i) for i in subjects], [str(i) for i in records]
         if not wanted_subjects and not wanted_records:
             raise UserError("nothing to delete: no id was given", hint="Give --subject, --record or --from.")
-        execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
+        execution = _execution(executor, address, workers)
         accepted = accept(
             self.opened,
             subjects=wanted_subjects,
@@ -150,16 +157,22 @@ class Store:
         """Repair unless it is done already; return why it has to wait, if it has to."""
         if not self.opened.ledger.requests.get(request).open:
             return ""
-        here = footing_here(self.opened)
+        from sisa.store.footing import footing_here, require_same
+
         try:
-            require_same(self.opened, here)
+            require_same(self.opened, footing_here(self.opened))
         except FootingError as error:
             reporter.note(f"erased; not retrained: {error.message}")
             return f"{error.message}. {error.hint}"
         self._bring_up(None, execution, reporter, heal=False)
         return ""
 
-    def _bring_up(self, shards: Iterable[int] | None, execution: Execution, reporter: Reporter, *, heal: bool) -> Any:
+    def _bring_up(
+        self, shards: Iterable[int] | None, execution: Execution, reporter: Reporter, *, heal: bool
+    ) -> Repair:
+        from sisa.deletion.repair import bring_up
+        from sisa.store.footing import footing_here, require_same
+
         here = footing_here(self.opened)
         require_same(self.opened, here)
         lock = self.opened.operation_lock()
@@ -230,8 +243,7 @@ class Store:
         for request in ledger.requests.open():
             settle(self.opened, request, reporter)
         before = ledger.versions.live_number()
-        execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
-        done = self._bring_up(range(self.opened.shards), execution, reporter, heal=True)
+        done = self._bring_up(range(self.opened.shards), _execution(executor, address, workers), reporter, heal=True)
         closed = [ledger.requests.get(identifier) for identifier in done.requests]
         touched = {row.shard for row in done.trained} | {shard for request in closed for shard in request.shards}
         return Repaired(
@@ -272,40 +284,17 @@ class Store:
         """
         if replay not in {"none", "all"} and not (isinstance(replay, int) and replay > 0):
             raise UserError(f"replay: expected none, all or a number of constituents, got {replay!r}")
-        execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
+        from sisa.proof.verify import verify
+
+        execution = _execution(executor, address, workers)
         with self.opened.operation_lock().held(timeout_s=0):
             return verify(self.opened, replay=replay, execution=execution, reporter=reporter or Silent())
 
     def measure(self) -> Metrics | None:
         """Measure the live ensemble on the holdout; None without a holdout or without an ensemble."""
-        correct, loss, count, voters = 0, 0.0, 0, 0
-        for columns in self._holdout():
-            try:
-                answer = self._ensemble.answer(columns)
-            except NoConstituentError:
-                return None
-            rows_B = np.arange(len(columns.labels_N))
-            correct += int((answer.scores_BC.argmax(axis=1) == columns.labels_N).sum())
-            loss -= float(np.log(np.clip(answer.scores_BC[rows_B, columns.labels_N], 1e-12, None)).sum())
-            count, voters = count + len(rows_B), answer.voters
-        return Metrics(correct / count, loss / count, count, voters) if count else None
+        from sisa.store.measure import measure
 
-    def _holdout(self) -> Iterable[Columns]:
-        opened = self.opened
-        for partition in opened.ledger.partitions.all():
-            if partition.slice == HOLDOUT_SLICE and partition.records:
-                keys = shard_keys(opened.keys.routing, partition.shard)
-                rows = read_partition(opened.layout, opened.recipe, keys, partition.shard, HOLDOUT_SLICE)
-                if len(rows.table):
-                    yield columns_from_table(rows.table, opened.recipe)
-
-    def count_subjects(self) -> int:
-        """Count the people whose rows may be trained on."""
-        total = 0
-        for partition in self.opened.ledger.partitions.all():
-            if partition.slice != HOLDOUT_SLICE and partition.records:
-                total += len(present_ids(self.opened.layout, partition.shard, partition.slice)[1].unique())
-        return total
+        return measure(self.opened, self.ensemble)
 
     def request(self, identifier: str) -> Request:
         """Return one deletion request.
@@ -317,60 +306,7 @@ class Store:
 
     def status(self) -> dict[str, Any]:
         """Return what ``sisa status --json`` prints."""
-        ledger = self.opened.ledger
-        version = ledger.versions.live()
-        partitions = ledger.partitions.all()
-        open_requests = ledger.requests.open()
-        if not ledger.ingested:
-            state = "ingesting"
-        elif version.number == 0:
-            state = "training"
-        else:
-            state = "repair due" if open_requests else "ready"
-        return {
-            "version": version.number,
-            "state": state,
-            "records": sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
-            "subjects": self.count_subjects(),
-            "holdout_records": sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
-            "shards": self.opened.shards,
-            "slices": self.opened.slices,
-            "requests": [request_json(request) for request in ledger.requests.all()],
-            "constituents": [self._constituent(version, shard) for shard in range(self.opened.shards)],
-        }
-
-    def _constituent(self, version: Any, shard: int) -> dict[str, Any]:
-        ledger = self.opened.ledger
-        member = next((m for m in version.members if m.shard == shard), None)
-        row = ledger.stages.get(member.key, member.platform) if member is not None and member.stage else None
-        return {
-            "shard": shard,
-            "stage": row.stage if row else 0,
-            "key": row.key if row else "",
-            "state_digest": row.state_digest if row else "",
-            "records": row.records if row else 0,
-            "quarantined": any(shard in request.shards for request in ledger.requests.open()),
-        }
-
-
-def request_json(request: Request) -> dict[str, Any]:
-    """Return a request as ``sisa status --json`` prints it."""
-    return {
-        "request": request.id,
-        "state": request.state,
-        "created_at": request.created_at,
-        "updated_at": request.updated_at,
-        "reason": request.reason,
-        "subjects": request.subjects,
-        "records": request.records,
-        "shards": request.shards,
-        "slices": sorted({slice_ for _, slice_ in request.places if slice_ != HOLDOUT_SLICE}),
-        "stages_retrained": request.stages_retrained,
-        "version_before": request.version_before,
-        "version_quarantine": request.version_quarantine,
-        "version_after": request.version_after,
-        "note": request.note,
-    }
+        return status(self.opened)
 
 
 def open_store(uri: str | Path) -> Store:
@@ -381,3 +317,11 @@ def open_store(uri: str | Path) -> Store:
         DamagedError: A part of it is missing or unreadable.
     """
     return Store(opening.open_store(Layout.at(uri)))
+
+
+def _execution(executor: str, address: str | None, workers: int | None) -> Execution:
+    from sisa.execution.options import Execution
+
+    if executor not in {"auto", "ray", "inline"}:
+        raise UserError(f"executor: expected auto, ray or inline, got {executor!r}")
+    return Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]

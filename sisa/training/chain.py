@@ -16,12 +16,14 @@ from __future__ import annotations
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sisa.checkpoints import CheckpointStore, Manifest, StageId
-from sisa.errors import DamagedError, FootingError, StaleError
+from sisa.errors import DamagedError, FootingError, SisaError, StaleError
 from sisa.files import FileLock
 from sisa.layout import Layout
 from sisa.learners.columns import Columns
@@ -36,7 +38,7 @@ from sisa.training.events import Report, StageDone, Trained
 from sisa.training.order import batch_sizes
 from sisa.training.platform import fingerprint, platform_id
 from sisa.training.rows import read_slice
-from sisa.training.stage import Stopped, train_stage
+from sisa.training.stage import Stopped, TrainingError, train_stage
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class _Chain:
         task, started = self._task, time.monotonic()
         epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
         records = sum(task.records[:stage])
-        state = train_stage(
+        state = self._guarded(
             recipe=task.recipe,
             class_count=len(task.recipe.data.classes or []),
             shard=task.shard,
@@ -192,6 +194,20 @@ class _Chain:
             epochs=epochs,
             steps=epochs * len(batch_sizes(records=records, batch_size=task.recipe.training.batch_size)),
         )
+
+    def _guarded(self, **arguments: Any) -> StageState:
+        """Train; what a user's model raises becomes a message without values, which may be somebody's."""
+        try:
+            return train_stage(**arguments)
+        except SisaError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise TrainingError(
+                f"training stage {arguments['stage']} of shard {arguments['shard']} failed: "
+                f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}",
+                hint="Check the model and the size of the batches against the memory; what was trained is kept.",
+            ) from error
 
     def _columns(self, stage: int) -> Columns:
         """Read the rows of slices 1..stage, each slice once, and make sure that they are the expected ones."""
