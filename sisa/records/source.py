@@ -244,32 +244,42 @@ def _cut(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[pa.RecordBat
 
 
 def _open_csv(path: Path) -> tuple[pa.Schema, int | None, Reader]:
-    with pacsv.open_csv(path, read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES)) as reader:
+    with _csv_reader(path, None) as reader:
         names = reader.schema.names
     return pa.schema([(name, pa.string()) for name in names]), None, _read_csv
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with _csv_reader(path, columns) as reader:
+        yield from reader
+
+
+@contextlib.contextmanager
+def _csv_reader(path: Path, columns: Sequence[str] | None) -> Iterator[pacsv.CSVStreamingReader]:
+    """Open a CSV file: its header if ``columns`` is None, else those columns as text."""
     invalid: list[tuple[int, int]] = []
 
     def refuse(row: pacsv.InvalidRow) -> str:
         invalid.append((row.expected_columns, row.actual_columns))
         return "error"
 
+    convert = pacsv.ConvertOptions()
+    if columns is not None:
+        convert = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=list(columns),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
     try:
         with pacsv.open_csv(
             path,
             read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
             parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=refuse),
-            convert_options=pacsv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string()),
-                include_columns=list(columns),
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            ),
+            convert_options=convert,
         ) as reader:
-            yield from reader
+            yield reader
     except pa.ArrowInvalid as error:
         if not invalid:
             raise
