@@ -178,6 +178,7 @@ def package(tmp_path, monkeypatch):
         "mine_pkg/sub/deep.py": "import yaml\nbuild_layer = None\n",
         "mine_pkg/unrelated.py": "",
         "mine_late.py": "x = 1\n",
+        "mine_pkg/sub/alone.py": "def build(shape, classes):\n    return None\n",
     }
     for name, content in files.items():
         path = tmp_path / name
@@ -202,13 +203,23 @@ def test_any_change_of_a_models_source_changes_the_code_version(package, changed
     assert code_version(mine()) != before
 
 
+def test_packages_around_a_factory_count_although_nothing_imports_them(package):
+    spec = recipe(model={"factory": "mine_pkg.sub.alone:build"})
+    versions = [code_version(spec)]
+    for name in ("mine_pkg/sub/__init__.py", "mine_pkg/__init__.py"):
+        (package / name).write_text("x = 1\n")
+        versions.append(code_version(spec))
+    assert len(set(versions)) == 3
+
+
 def test_other_files_do_not_change_the_code_version(package):
     before = code_version(mine())
     (package / "mine_pkg" / "unrelated.py").write_text("x = 2")
     assert code_version(mine()) == before
 
 
-def test_the_version_of_an_installed_package_counts(package, monkeypatch):
+@pytest.mark.usefixtures("package")
+def test_the_version_of_an_installed_package_counts(monkeypatch):
     before = code_version(mine())
     monkeypatch.setattr("importlib.metadata.version", lambda _: "99.0")
     assert code_version(mine()) != before
@@ -218,7 +229,7 @@ def test_built_in_models_have_no_source_and_a_missing_one_is_an_error():
     assert model_source_digest(recipe()) == ""
     assert len(code_version(recipe())) == 64
     assert code_version(recipe()) == code_version(recipe(model={"name": "logistic"}))
-    with pytest.raises(UserError, match="'no_such_package.models' can't be found"):
+    with pytest.raises(UserError, match=r"'no_such_package\.models' can't be found"):
         code_version(recipe(model={"factory": "no_such_package.models:build"}))
 
 

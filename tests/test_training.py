@@ -167,6 +167,14 @@ def test_random_numbers_of_a_users_model_are_seeded_and_the_callers_are_left_alo
     assert weights_digest(stage(ours, numbers([9]))) == weights_digest(first)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_recipe_says_how_many_threads_a_stage_uses(threads):
+    ours = recipe(model={"factory": "training_models:threaded"}, training={"threads": threads})
+    before = torch.get_num_threads()
+    assert stage(ours, numbers([9])).tensors["buffer.threads"] == threads
+    assert torch.get_num_threads() == before
+
+
 def test_a_shard_of_one_record_and_a_last_batch_of_one_train_with_batch_norm():
     ours = recipe(model={"name": "mlp", "hidden": [5], "batch_norm": True})
     alone = stage(ours, numbers([1]))
@@ -174,6 +182,11 @@ def test_a_shard_of_one_record_and_a_last_batch_of_one_train_with_batch_norm():
     assert alone.tensors["buffer.1.num_batches_tracked"] == 0
     joined = stage(ours, numbers([9]))  # batches of 4 and 5
     assert joined.tensors["buffer.1.num_batches_tracked"] == 2 * 2
+
+
+def test_a_module_that_comes_in_evaluation_mode_is_trained_in_training_mode():
+    ours = recipe(model={"factory": "training_models:evaluating"})
+    assert stage(ours, numbers([9])).tensors["buffer.1.num_batches_tracked"] == 2 * 2
 
 
 def test_slices_without_records_are_stages_all_the_same():
@@ -246,7 +259,7 @@ def test_a_last_batch_of_one_record_joins_the_one_before(records, batch_size, ex
 def test_a_training_stops_soon_after_it_is_asked_to():
     started = time.monotonic()
     with pytest.raises(Stopped, match="stage 1 of shard 0"):
-        stage(recipe(), numbers([2000]), epochs=10**6, should_stop=lambda: time.monotonic() > started + 0.3)
+        stage(recipe(), numbers([2000]), epochs=300, should_stop=lambda: time.monotonic() > started + 0.3)
     assert time.monotonic() < started + 5
 
 

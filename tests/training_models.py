@@ -12,6 +12,11 @@ def small(feature_shape, class_count, *, width=5):
     return nn.Sequential(nn.Linear(feature_shape[0], width), nn.Tanh(), nn.Linear(width, class_count))
 
 
+def evaluating(feature_shape, class_count):
+    """Was left in evaluation mode."""
+    return nn.Sequential(nn.Linear(feature_shape[0], 5), nn.BatchNorm1d(5), nn.Linear(5, class_count)).eval()
+
+
 def convolution(feature_shape, class_count):
     """Flattens with view, which needs rows that are contiguous."""
 
@@ -59,6 +64,22 @@ def random_all_over(feature_shape, class_count):
             if self.training:
                 x = x * random.random() + float(np.random.random()) + torch.rand_like(x)  # noqa: NPY002
             return self.out(x * self.constant)
+
+    return Net()
+
+
+def threaded(feature_shape, class_count):
+    """Keeps the number of threads that it ran with."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(feature_shape[0], class_count)
+            self.register_buffer("threads", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.threads.fill_(torch.get_num_threads())
+            return self.out(x)
 
     return Net()
 
