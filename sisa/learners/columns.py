@@ -141,8 +141,11 @@ def columns_from_table(
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:
-    chunks = table.column(name).combine_chunks()
-    return chunks.chunk(0) if isinstance(chunks, pa.ChunkedArray) else chunks
+    column = table.column(name)
+    if column.num_chunks == 1:  # combining even one chunk would copy it
+        return column.chunk(0)
+    combined = column.combine_chunks()
+    return combined.chunk(0) if isinstance(combined, pa.ChunkedArray) else combined
 
 
 def _plain(array: pa.Array, dtype: type[np.generic]) -> Array:
