@@ -165,21 +165,24 @@ class _Chain:
         return self._checkpoints.load(identity, expect_full_digest=self._task.known.get(identity.key))[1]
 
     def _train(self, stage: int) -> Manifest:
-        task, started = self._task, time.monotonic()
+        task = self._task
         epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
         records = sum(task.records[:stage])
+        parent, columns = self._parent(stage), self._columns(stage)
+        started = time.monotonic()
         state = self._guarded(
             recipe=task.recipe,
             class_count=len(task.recipe.data.classes or []),
             shard=task.shard,
             stage=stage,
             epochs=epochs,
-            parent=self._parent(stage),
-            columns=self._columns(stage),
+            parent=parent,
+            columns=columns,
             keys=task.keys,
             should_stop=self._stopped,
             on_progress=lambda done: self._report(Trained(done)),
         )
+        seconds = time.monotonic() - started
         if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
         self._newest = (stage, state)
@@ -188,7 +191,7 @@ class _Chain:
             state,
             parent_key=self._keys[stage - 2] if stage > 1 else "",
             records=records,
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             worker=f"{socket.gethostname()}:{os.getpid()}",
             fingerprint=fingerprint(task.recipe),
             epochs=epochs,
