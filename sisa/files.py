@@ -98,13 +98,22 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         doomed = path if path.name.startswith(TEMPORARY) else temporary_beside(path)
         if doomed is not path:
-            os.rename(path, doomed)
+            try:
+                os.rename(path, doomed)
+            except FileNotFoundError:
+                return  # somebody else removed it meanwhile
             fsync_path(path.parent)
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
     if path.parent.exists():
         fsync_path(path.parent)
+
+
+def touch_durably(path: Path) -> None:
+    """Make an empty file, durably; nothing happens if it is there."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644))
+    fsync_path(path.parent)
 
 
 def sweep_temporary(folder: Path) -> list[Path]:

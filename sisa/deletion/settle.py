@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from sisa.checkpoints import StageId
 from sisa.errors import DamagedError
-from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
+from sisa.files import FileLock, make_folder, remove, sweep_temporary, touch_durably
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
@@ -122,7 +122,7 @@ def folder_name(store: OpenStore, shard: int, slice_: int) -> str:
 def _mark(store: OpenStore, shard: int, request: str) -> None:
     folder = store.layout.stop_marks(shard)
     make_folder(folder)
-    write_durably(folder / request, b"")
+    touch_durably(folder / request)
 
 
 def _clear_marks(store: OpenStore) -> None:
@@ -130,5 +130,5 @@ def _clear_marks(store: OpenStore) -> None:
     needed = {r.id for r in store.ledger.requests.open() if STATES.index(r.state) < PURGED}
     for folder in store.layout.locks.glob("stop-*"):
         for mark in folder.iterdir():
-            if mark.name not in needed and not mark.name.startswith("tmp-"):
+            if mark.name not in needed:
                 mark.unlink(missing_ok=True)

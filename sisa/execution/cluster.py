@@ -45,8 +45,10 @@ def run_on_ray(
         UserError: There is no cluster at ``address``.
         StoreError: Workers of one chain died again and again.
     """
-    with _connected(address, workers) as ray:
-        remote = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")(_chain_events)
+    threads = max((task.recipe.training.threads for task in tasks), default=1)
+    gpus = 1 if any(task.recipe.training.device == "cuda" for task in tasks) else 0
+    with _connected(address, cores=workers * threads) as ray:
+        remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, num_returns="streaming")(_chain_events)
         waiting = [(task, 1) for task in tasks]
         running: dict[Any, tuple[ChainTask, int]] = {}
         try:
@@ -132,7 +134,7 @@ def _import_paths() -> list[str]:
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, workers: int) -> Iterator[Any]:
+def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
     """Yield Ray, connected; a cluster that we started is stopped and its files are removed."""
     if address is None:
         # A local cluster listens on the machine's interfaces: let nobody in without this session's token.
@@ -153,7 +155,7 @@ def _connected(address: str | None, workers: int) -> Iterator[Any]:
     try:
         if address is None:
             folder = tempfile.mkdtemp(prefix="sisa-ray-", dir=_short_temporary_folder())
-            options |= {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
+            options |= {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}
             options |= {"object_store_memory": 128 * 2**20}
         else:
             options["address"] = address

@@ -119,6 +119,7 @@ class _Chain:
         self._stopped = stopped
         self._report = report
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
+        self._checkpoints.sweep(task.shard, keep=lambda _: True)  # what a killed worker left unfinished
         self._keys = chain_keys(task)
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
