@@ -178,6 +178,14 @@ def test_bytes_stay_bytes_unless_some_are_missing():
     np.testing.assert_array_equal(vector, [[0, 1], [NAN, NAN], [NAN, 5]])
 
 
+def test_what_lies_under_a_missing_vector_is_not_read():
+    under = pa.FixedSizeListArray.from_arrays(
+        pa.array([0, 1, 7, 7, 4, 5], pa.uint8()), 2, mask=pa.array([False, True, False])
+    )
+    vector = columns_from_table(table(face=under), recipe(columns=MIXED)).vectors[0]
+    np.testing.assert_array_equal(vector, [[0, 1], [NAN, NAN], [4, 5]])
+
+
 def test_rows_to_predict_need_neither_ids_nor_labels():
     columns = columns_from_table(table().drop(["_sisa_record", "_sisa_label"]), recipe(columns=MIXED))
     assert columns.count == 3
