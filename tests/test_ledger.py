@@ -90,7 +90,8 @@ def test_the_same_request_is_answered_with_the_first(ledger: Ledger) -> None:
     version = ledger.versions.live_number()
     again = ledger.requests.accept([target], reason="two")
     gone = ledger.requests.accept([Target("subject", b"a" * 16)], reason="three")
-    assert again.repeated and gone.repeated
+    assert again.repeated
+    assert gone.repeated
     assert {first.request.id, again.request.id, gone.request.id} == {first.request.id}
     assert ledger.versions.live_number() == version
     with pytest.raises(UserError, match="nothing to delete"):
