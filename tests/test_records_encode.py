@@ -137,6 +137,14 @@ def test_a_missing_vector_keeps_its_neighbours_in_place() -> None:
     assert bytes_.values.to_pylist()[-4:] == [None, None, 3, 4]
 
 
+@pytest.mark.parametrize("type_", [pa.uint8(), pa.float32(), pa.int64()], ids=str)
+def test_what_lies_behind_a_missing_vector_means_nothing(type_: pa.DataType) -> None:
+    """A missing list keeps room for elements, and some writers leave old values there."""
+    behind = pa.FixedSizeListArray.from_arrays(pa.array([1, 2, 9, 9], type_), 2, mask=pa.array([False, True]))
+    assert behind.values.null_count == 0
+    assert digest_of(behind, "vector", 2) == digest_of(lists([[1, 2], None], type_), "vector", 2)
+
+
 @given(st.lists(st.floats(width=32, allow_infinity=False), min_size=1, max_size=20))
 def test_numbers_survive_bit_for_bit(values: list[float]) -> None:
     out = encoded(pa.array(values, pa.float32()), "numeric").to_numpy()

@@ -88,8 +88,8 @@ def test_a_deleted_persons_bad_row_is_not_even_looked_at(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("budget_bytes", [1, 5_000, 1_000_000_000])
 def test_memory_budget_changes_nothing(tmp_path: Path, budget_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sisa.records.source.LEAST_ROWS", 7)
-    monkeypatch.setattr("sisa.records.source.BATCH_BYTES", 1)
+    monkeypatch.setattr("sisa.records.formats.LEAST_ROWS", 7)
+    monkeypatch.setattr("sisa.records.formats.BATCH_BYTES", 1)
     monkeypatch.setattr(writing, "PIECE_ROWS", 5)
     recipe = resolved(saved(tmp_path, people()))
     monkeypatch.setattr(writing, "BUDGET_BYTES", budget_bytes)
@@ -157,6 +157,17 @@ def test_killed_in_an_ingest_the_old_records_stay_and_the_next_one_is_whole(tmp_
     _, counts = stored(layout.root, recipe)
     assert {where: rows.membership for where, rows in everything(layout, recipe).items()} == memberships(counts)
     assert [path.name for path in layout.root.iterdir()] == ["records"]
+
+
+def test_what_a_killed_ingest_left_does_not_get_in(tmp_path: Path) -> None:
+    recipe = resolved(saved(tmp_path, people(3)))
+    leftover = tmp_path / "store" / "tmp-records" / "records" / "shard=0000" / "slice=01" / "part-00000.parquet"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"somebody's rows")
+    (leftover.parent / "notes").write_bytes(b"more of them")
+    layout, counts = stored(tmp_path / "store", recipe)
+    assert {where: rows.membership for where, rows in everything(layout, recipe).items()} == memberships(counts)
+    assert stray_files(layout, SHARDS, SLICES) == []
 
 
 def test_a_failed_ingest_leaves_the_records_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +321,18 @@ def test_new_changed_and_missing_rows_are_counted(tmp_path: Path) -> None:
     found = ingest.compare(recipe, layout, routing_key=KEY)
     assert (found.new, found.changed, found.missing, found.same) == (1, 2, 6, 192)
     assert not found.clean
+
+
+def test_a_row_that_moved_out_of_the_holdout_has_changed(tmp_path: Path) -> None:
+    table = people(60)
+    saved(tmp_path, table.slice(0, 40), "train.parquet")
+    saved(tmp_path, table.slice(40), "test.parquet")
+    recipe = resolved(tmp_path / "train.parquet", holdout={"source": str(tmp_path / "test.parquet")})
+    layout, _ = stored(tmp_path / "store", recipe)
+    saved(tmp_path, table.slice(0, 41), "train.parquet")
+    saved(tmp_path, table.slice(41), "test.parquet")
+    found = ingest.compare(recipe, layout, routing_key=KEY)
+    assert (found.new, found.changed, found.missing, found.same) == (0, 1, 0, 59)
 
 
 def test_every_changed_value_is_noticed(tmp_path: Path) -> None:

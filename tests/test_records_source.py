@@ -16,8 +16,9 @@ from records_tools import people, resolved, saved
 
 from sisa.errors import SourceError, UserError
 from sisa.records.features import feature_table, open_input, table_writer
+from sisa.records.formats import LEAST_ROWS, MOST_ROWS, batch_rows
 from sisa.records.ids import read_ids
-from sisa.records.source import LEAST_ROWS, MOST_ROWS, batch_rows, open_source
+from sisa.records.source import open_source
 
 
 def simple() -> pa.Table:

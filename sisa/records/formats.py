@@ -1,0 +1,179 @@
+"""How each format of table is opened and read in batches of bounded size.
+
+An opener gives schema, number of rows (None if only reading would tell) and a reader; a reader gives chosen
+columns batch by batch. Errors are the backends' own; :mod:`sisa.records.source` explains them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.ipc as paipc
+import pyarrow.parquet as papq
+
+from sisa.errors import SourceError
+from sisa.records.kinds import plain_type
+
+BATCH_BYTES = 8 * 2**20
+MOST_ROWS, LEAST_ROWS = 65_536, 256
+CSV_BLOCK_BYTES = 2 * 2**20
+
+Reader = Callable[[Path, Sequence[str]], Iterator[pa.RecordBatch]]
+
+
+def batch_rows(schema: pa.Schema) -> int:
+    """Return how many rows of this schema make a batch of bounded size."""
+    width = sum(_width(field.type) for field in schema) or 1
+    return max(LEAST_ROWS, min(MOST_ROWS, BATCH_BYTES // width))
+
+
+def _width(type_: pa.DataType) -> int:
+    inner = plain_type(type_)
+    if pa.types.is_fixed_size_list(inner):
+        return int(inner.list_size) * _width(inner.value_type)
+    try:
+        return max(1, int(inner.bit_width) // 8)
+    except ValueError:
+        return 32
+
+
+def format_of(path: Path) -> str:
+    """Tell a file's format from its first bytes; CSV, which has none, from its name.
+
+    Raises:
+        SourceError: It is none that can be read.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(8)
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[:6] == b"ARROW1":
+        return "ipc file"
+    if head[:4] == b"\xff\xff\xff\xff":
+        return "ipc stream"
+    if path.suffix.lower() == ".csv":
+        return "csv"
+    raise SourceError(
+        f"data.source {str(path)!r} is no table that can be read; expected Parquet, Arrow IPC, or CSV (named *.csv)",
+        hint="Convert the file to Parquet.",
+    )
+
+
+def _open_parquet(path: Path) -> tuple[pa.Schema, int | None, Reader]:
+    with papq.ParquetFile(path) as file:
+        return file.schema_arrow, file.metadata.num_rows, _read_parquet
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    # A buffer for each column instead of whole row groups, which may be as large as the file.
+    with papq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
+        size = batch_rows(pa.schema([file.schema_arrow.field(name) for name in columns]))
+        yield from file.iter_batches(batch_size=size, columns=list(columns), use_threads=False)
+
+
+def _open_ipc_file(path: Path) -> tuple[pa.Schema, int | None, Reader]:
+    with pa.OSFile(str(path)) as stream, paipc.open_file(stream) as reader:
+        return reader.schema, None, _read_ipc_file
+
+
+def _read_ipc_file(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(path)) as stream, paipc.open_file(stream) as reader:
+        for index in range(reader.num_record_batches):
+            yield from _cut(reader.get_batch(index), columns)
+
+
+def _open_ipc_stream(path: Path) -> tuple[pa.Schema, int | None, Reader]:
+    with pa.OSFile(str(path)) as stream, paipc.open_stream(stream) as reader:
+        return reader.schema, None, _read_ipc_stream
+
+
+def _read_ipc_stream(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(path)) as stream, paipc.open_stream(stream) as reader:
+        for batch in reader:
+            yield from _cut(batch, columns)
+
+
+def _cut(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    batch.validate(full=True)  # IPC has no checksums: at least no offset may point outside
+    chosen = batch.select(list(columns))
+    size = batch_rows(chosen.schema)
+    for start in range(0, chosen.num_rows, size):
+        yield chosen.slice(start, size)
+
+
+def _open_csv(path: Path) -> tuple[pa.Schema, int | None, Reader]:
+    with _csv_reader(path, None) as reader:
+        names = reader.schema.names
+    return pa.schema([(name, pa.string()) for name in names]), None, _read_csv
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with _csv_reader(path, columns) as reader:
+        yield from reader
+
+
+@contextlib.contextmanager
+def _csv_reader(path: Path, columns: Sequence[str] | None) -> Iterator[pacsv.CSVStreamingReader]:
+    """Open a CSV file: its header if ``columns`` is None, else those columns as text."""
+    invalid: list[tuple[int, int]] = []
+
+    def refuse(row: pacsv.InvalidRow) -> str:
+        invalid.append((row.expected_columns, row.actual_columns))
+        return "error"
+
+    convert = pacsv.ConvertOptions()
+    if columns is not None:
+        convert = pacsv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            include_columns=list(columns),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
+    try:
+        with pacsv.open_csv(
+            path,
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+            parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=refuse),
+            convert_options=convert,
+        ) as reader:
+            yield reader
+    except pa.ArrowInvalid as error:
+        if not invalid:
+            raise
+        expected, actual = invalid[0]
+        raise SourceError(
+            f"data.source {str(path)!r}: a row has {actual} fields where the header has {expected}",
+            hint="Quote fields that contain a comma.",
+        ) from error
+
+
+OPENERS: dict[str, Callable[[Path], tuple[pa.Schema, int | None, Reader]]] = {
+    "parquet": _open_parquet,
+    "ipc file": _open_ipc_file,
+    "ipc stream": _open_ipc_stream,
+    "csv": _open_csv,
+}
+
+
+DIGITS = pa.schema([("record_id", pa.int64()), ("pixels", pa.list_(pa.uint8(), 64)), ("digit", pa.int64())])
+
+
+def read_digits(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Scikit-learn's handwritten digits (UCI, Alpaydin and Kaynak 1998): 1,797 images of 8 x 8, values 0..16."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SourceError(f"data.source {str(path)!r} needs scikit-learn", hint="pip install 'sisa[digits]'") from error
+    digits = load_digits()
+    pixels = pa.array(digits.data.astype("uint8").reshape(-1))
+    table = {
+        "record_id": pa.array(range(len(digits.target)), pa.int64()),
+        "pixels": pa.FixedSizeListArray.from_arrays(pixels, 64),
+        "digit": pa.array(digits.target, pa.int64()),
+    }
+    yield pa.record_batch([table[name] for name in columns], names=list(columns))
