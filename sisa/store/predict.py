@@ -98,6 +98,10 @@ def _answer(opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: P
                 columns = [*batch.columns, added[0], added[1].cast(schema.field("scores").type), added[2]]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 reporter.advance(batch.num_rows)
+        if not rows:  # an empty table has a version too, and a store that can't answer says so
+            nobody = feature_table(table.schema.empty_table(), opened.recipe)
+            answer = ensemble.answer(columns_from_table(nobody, opened.recipe))
+            oldest, voters = answer.version, answer.voters
     finally:
         reporter.end()
     return Prediction("", rows, oldest, voters, opened.classes)
