@@ -86,12 +86,15 @@ def test_batches_are_bounded(tmp_path: Path) -> None:
 
 
 def test_digits() -> None:
-    pytest.importorskip("sklearn")
+    datasets = pytest.importorskip("sklearn.datasets")
     source = open_source("builtin:digits")
     table = pa.Table.from_batches(source.batches())
     assert source.rows == table.num_rows == 1797
     assert table.schema == source.schema
     assert table["record_id"].to_pylist() == list(range(1797))
+    original = datasets.load_digits()
+    assert np.array_equal(table["pixels"].combine_chunks().values.to_numpy().reshape(-1, 64), original.data)
+    assert np.array_equal(table["digit"].to_numpy(), original.target)
     assert set(table["digit"].to_pylist()) == set(range(10))
     assert table["pixels"].combine_chunks().values.to_numpy().max() == 16
     assert pa.Table.from_batches(source.batches(["digit"])).schema.names == ["digit"]
