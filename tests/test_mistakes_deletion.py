@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as papq
 import pytest
 import tables
-from store_kit import copied, digests, holding, places, scratch, served, slices, train, write
+from independent_trainer import slices_of
+from store_kit import KEY, copied, digests, holding, places, scratch, served, slices, train, write
 
 from sisa.cli.main import run
 from sisa.errors import NoConstituentError
@@ -34,13 +35,23 @@ def in_order(store, place):
     return [str(record) for record in TABLE["record"].to_pylist() if where[str(record)] == place]
 
 
+def in_key_order(folder, place):
+    """The records of a slice in the order in which their keyed digests put them."""
+    parts = slices_of(write(TABLE, folder / "all.parquet"), RECIPE, KEY, place[0])
+    return [str(row["record"]) for row in parts[place[1] - 1]]
+
+
 def deleted(store, folder, victims, *, table=TABLE, recipe=RECIPE):
     """Delete records; the store must be the one that never saw them. Returns what ``delete`` said."""
-    before = digests(store)
+    before, where = digests(store), places(store)
     done = store.delete(records=victims, executor="inline")
     assert done.state == "repaired"
     fresh = scratch(store, folder, recipe, tables.without(table, records=victims))
-    assert before != digests(store)
+    first = {
+        where[victim][0]: min(where[v][1] for v in victims if where[v][0] == where[victim][0]) for victim in victims
+    }
+    keys = {at: row[0] for at, row in digests(store).items()}
+    assert {at for at in before if before[at][0] != keys[at]} == {at for at in before if at[1] >= first.get(at[0], 4)}
     assert fresh.training.records == sum(str(r) not in victims for r in table["record"].to_pylist())
     return done
 
@@ -56,14 +67,11 @@ def test_1_a_tail_record_goes_and_the_old_weights_are_reused(store, tmp_path, pl
     assert done.stages_retrained == 3 - place[1] + 1
 
 
-@pytest.mark.parametrize("shard", [0, 1])
-@pytest.mark.parametrize("end", [0, -1])
-def test_1_the_ends_of_a_shard_in_the_order_of_keys_and_in_that_of_the_source(store, tmp_path, shard, end):
-    """What a shard's first and last record is depends on whom you ask; here both go at once."""
-    where = places(store)
-    in_source = [str(r) for r in TABLE["record"].to_pylist() if where[str(r)][0] == shard]
-    by_slice = [record for slice_ in (1, 2, 3) for record in sorted(in_order(store, (shard, slice_)))]
-    deleted(store, tmp_path, sorted({in_source[end], by_slice[end]}))
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_1_the_ends_of_a_slice_are_those_of_the_order_that_its_key_is_taken_in(store, tmp_path, place, end):
+    victim = in_key_order(tmp_path, place)[0 if end == "first" else -1]
+    deleted(store, tmp_path, [victim])
 
 
 def test_1_the_remainder_is_never_too_small_to_count(tmp_path):
