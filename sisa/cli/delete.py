@@ -18,7 +18,10 @@ from sisa.errors import UserError
 @click.option("--subject", "subjects", multiple=True, metavar="ID...", help="A person: everything they own goes.")
 @click.option("--record", "records", multiple=True, metavar="ID...", help="A single row.")
 @click.option(
-    "--from", "file", metavar="FILE", help="Ids from a file: one per line, or Parquet/CSV with the id column."
+    "--from",
+    "file",
+    metavar="FILE",
+    help="People from a text file, one id per line; or Parquet/CSV with the column of the people's ids, else the rows'.",
 )
 @click.option("--reason", default="", metavar="TEXT", help="Kept with the request; no personal data, please.")
 @click.option("--defer", is_flag=True, help="Erase now, retrain later with `sisa repair`.")

@@ -1,6 +1,7 @@
 """The ``sisa`` command: finds the verb, runs it, and turns every error into one message and an exit code.
 
 0 done; 1 a check failed; 2 the caller's mistake; 3 the store is damaged or held by another operation.
+(130 after Ctrl-C, and 70 with a traceback on stderr for a mistake of this program.)
 Nothing heavier than click is imported before a verb runs.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -21,6 +23,9 @@ from sisa.cli.status import status
 from sisa.cli.train import train
 from sisa.cli.verify import verify
 from sisa.errors import SisaError
+
+INTERNAL = 70
+"""``EX_SOFTWARE`` of sysexits.h."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -47,6 +52,9 @@ def cli() -> None:
 
 for command in (train, delete, repair, status, predict, verify):
     cli.add_command(command)
+for shown in (cli, *cli.commands.values()):
+    # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.
+    shown.help = (shown.help or "").replace(r"\b", "\b")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,17 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(words: list[str]) -> int:
     """Run one command; return its exit code."""
     as_json = "--json" in words
+    if words[:1] == ["--json"]:  # before the verb it means the same
+        words = [*words[1:2], *words[:1], *words[2:]] if words[1:] else []
     try:
-        code = cli.main(args=spread_ids(words), prog_name="sisa", standalone_mode=False)
+        code = cli.main(args=spread_ids(words, options=_delete_options()), prog_name="sisa", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return int(stop.exit_code)
     except click.ClickException as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            error.show(sys.stderr)
-            return 2
-        context = getattr(error, "ctx", None)
-        hint = f"See {context.command_path} --help." if context is not None else "See sisa --help."
-        return _failed(error.format_message(), hint, 2, as_json=as_json)
+        return _misused(error, words, as_json=as_json)
     except SisaError as error:
         return _failed(error.message, error.hint, error.exit_code, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
@@ -77,7 +82,28 @@ def run(words: list[str]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         message = f"the file system refused: {error.strerror or error}{where}"
         return _failed(message, "Check space and permissions, then run the command again.", 3, as_json=as_json)
+    except Exception as error:  # noqa: BLE001 - the last place where a program that reads stdout can be answered
+        traceback.print_exc()
+        hint = "This is a mistake in sisa, not yours: please report it with the lines on stderr."
+        return _failed(f"internal error: {type(error).__name__}", hint, INTERNAL, as_json=as_json)
     return int(code) if isinstance(code, int) else 0
+
+
+def _delete_options() -> frozenset[str]:
+    return frozenset(name for option in delete.params for name in option.opts) | {"-h", "--help"}
+
+
+def _misused(error: click.ClickException, words: list[str], *, as_json: bool) -> int:
+    """Answer what click refused."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        if as_json:
+            return _failed("no command was given", "See sisa --help.", 2, as_json=True)
+        error.show(sys.stderr)
+        return 2
+    context = getattr(error, "ctx", None)
+    verb = next((f"sisa {word}" for word in words[:1] if word in cli.commands), "sisa")
+    hint = f"See {context.command_path if context is not None else verb} --help."
+    return _failed(error.format_message(), hint, 2, as_json=as_json)
 
 
 def _failed(message: str, hint: str, code: int, *, as_json: bool) -> int:

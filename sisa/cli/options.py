@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 ID_OPTIONS = frozenset({"--subject", "--record"})
+NEGATIVE = re.compile(r"-\d+")
+"""No option is a number, so this can only be an id."""
 
 
 def store_option(function: F) -> F:
@@ -42,22 +45,33 @@ def execution_options(function: F) -> F:
     return function
 
 
-def spread_ids(words: list[str]) -> list[str]:
+def spread_ids(words: list[str], *, options: frozenset[str] = frozenset()) -> list[str]:
     """Let ``--subject a b c`` stand for ``--subject a --subject b --subject c``.
 
-    >>> spread_ids(["delete", "--subject", "-1", "b", "--defer"])
-    ['delete', '--subject', '-1', '--subject', 'b', '--defer']
+    >>> spread_ids(["delete", "--subject", "-x", "b", "-2", "--defer"])
+    ['delete', '--subject', '-x', '--subject', 'b', '--subject', '-2', '--defer']
+
+    Args:
+        words: What was typed.
+        options: Options that are never ids, so that a forgotten id is noticed.
+
+    Raises:
+        click.UsageError: An option stands where an id should.
     """
     spread: list[str] = []
     option, first = "", False
     for word in words:
         if first:
+            if word in options:
+                raise click.UsageError(
+                    f"{option}: expected an id, got the option {word} (if that is an id, write {option}={word})"
+                )
             spread.append(word)
             first = False
         elif word in ID_OPTIONS:
             option, first = word, True
             spread.append(word)
-        elif option and not word.startswith("-"):
+        elif option and (not word.startswith("-") or NEGATIVE.fullmatch(word)):
             spread += [option, word]
         else:
             option = ""

@@ -9,6 +9,7 @@ import click
 
 from sisa.cli.options import json_option, print_json, store_option
 from sisa.cli.reporting import reporter
+from sisa.cli.wording import counted
 
 
 @click.command()
@@ -34,4 +35,7 @@ def predict(store: str, source: str, output: str, as_json: bool) -> None:
     if as_json:
         print_json(done.as_dict())
         return
-    click.echo(f"{done.output}: {done.rows:,} rows answered by version {done.version} ({done.voters} voters)")
+    click.echo(
+        f"{done.output}: {counted(done.rows, 'row')} answered by version {done.version} "
+        f"({counted(done.voters, 'voter')})"
+    )

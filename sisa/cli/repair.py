@@ -17,10 +17,14 @@ from sisa.cli.wording import repair_lines
 @execution_options
 @json_option
 def repair(store: str, executor: str, address: str | None, workers: int | None, as_json: bool) -> None:
-    r"""Finish what is open: deferred or killed deletions, missing or damaged stages.
+    r"""Finish open deletions and heal damaged stages.
+
+    Open are deletions that were deferred, killed or failed on the way. Every stage is read and verified; one
+    that is missing or damaged is trained again from the last good one.
 
     \b
-    Example:
+    Examples:
+      sisa repair --store runs/adult
       sisa repair --store runs/adult --executor ray
     """
     from sisa.store.store import open_store

@@ -7,6 +7,10 @@ from typing import Any
 import click
 
 from sisa.cli.options import json_option, print_json, store_option
+from sisa.cli.wording import counted
+
+FILE_WIDTH = 120
+"""Columns of the tables where no terminal says how many there are."""
 
 
 @click.command()
@@ -14,7 +18,10 @@ from sisa.cli.options import json_option, print_json, store_option
 @click.argument("request", required=False)
 @json_option
 def status(store: str, request: str | None, as_json: bool) -> None:
-    r"""Show what is live, stage by stage, and the deletion requests; or one request.
+    r"""Show what is live, and the deletion requests.
+
+    One line for each shard, with the stage that answers for it. With REQUEST, all that is known about that
+    deletion.
 
     \b
     Examples:
@@ -46,9 +53,11 @@ def _print_store(answer: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(
-        f"version {answer['version']}, {answer['state']}: {answer['records']:,} records of {answer['subjects']:,} "
-        f"subjects, {answer['holdout_records']:,} held out"
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    click.echo(
+        f"version {answer['version']}, {answer['state']}: {counted(answer['records'], 'record')} of "
+        f"{counted(answer['subjects'], 'subject')}, {answer['holdout_records']:,} held out"
     )
     table = Table(title=None, box=None, pad_edge=False)
     for heading in ("shard", "stages", "serving", "records", "key", "state digest"):
@@ -65,14 +74,15 @@ def _print_store(answer: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     if not answer["requests"]:
-        console.print("no deletion requests")
+        click.echo("no deletion requests")
         return
     requests = Table(title=None, box=None, pad_edge=False)
-    for heading in ("request", "state", "received", "subjects", "records", "shards", "live again"):
+    requests.add_column("request", no_wrap=True, min_width=20)  # whole, so that it can be copied
+    for heading in ("state", "received", "subjects", "records", "shards", "live again"):
         requests.add_column(heading)
     for r in answer["requests"]:
         requests.add_row(
-            r["request"], r["state"], r["created_at"][:19].replace("T", " "), str(r["subjects"]), str(r["records"]),
+            r["request"], r["state"], r["created_at"][:16].replace("T", " "), str(r["subjects"]), str(r["records"]),
             ", ".join(map(str, r["shards"])) or "-", f"version {r['version_after']}" if r["version_after"] else "-",
         )  # fmt: skip
     console.print(requests)

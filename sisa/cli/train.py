@@ -9,6 +9,7 @@ import click
 
 from sisa.cli.options import execution_options, json_option, print_json
 from sisa.cli.reporting import reporter
+from sisa.cli.wording import counted
 
 
 @click.command()
@@ -59,14 +60,16 @@ def train(
     if as_json:
         print_json(done.as_dict())
         return
-    trained = f"trained {done.stages_trained} stages" if done.stages_trained else "nothing to train"
+    trained = f"trained {counted(done.stages_trained, 'stage')}" if done.stages_trained else "nothing to train"
     click.echo(f"{trained}, {done.stages_reused} were there already ({done.seconds:.1f} s)")
     click.echo(
-        f"{done.store}: version {done.version}, {done.records:,} records of {done.subjects:,} subjects "
+        f"{done.store}: version {done.version}, {counted(done.records, 'record')} of "
+        f"{counted(done.subjects, 'subject')} "
         f"in {done.shards} shards x {done.slices} slices, {done.holdout_records:,} held out"
     )
     if done.metrics is not None:
         m = done.metrics
         click.echo(
-            f"accuracy {m.accuracy:.4f}, log loss {m.log_loss:.4f} on {m.records:,} held-out records ({m.voters} voters)"
+            f"accuracy {m.accuracy:.4f}, log loss {m.log_loss:.4f} on {counted(m.records, 'held-out record')} "
+            f"({counted(m.voters, 'voter')})"
         )

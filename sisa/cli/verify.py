@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sisa.cli.options import execution_options, json_option, print_json, store_option
 from sisa.cli.reporting import reporter
+from sisa.cli.wording import verification_lines
+from sisa.errors import DamagedError
+
+if TYPE_CHECKING:
+    from sisa.proof.verify import Verification
 
 
 class ReplayChoice(click.ParamType[str | int]):
@@ -35,6 +40,7 @@ class ReplayChoice(click.ParamType[str | int]):
 @click.option(
     "--replay",
     type=ReplayChoice(),
+    metavar="none|all|N",
     default="none",
     show_default=True,
     help="Retrain all, or N random, constituents from nothing.",
@@ -51,11 +57,12 @@ def verify(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    r"""Check a store without trusting it; exit 1 and the list if anything is wrong.
+    r"""Check a store without trusting it.
 
     Recomputes from the rows on disk which stages there should be, checks every byte of them, looks for
     rows of deleted people, for leftovers and for files that nobody answers for. With --replay it
-    retrains constituents from nothing and compares them bit for bit.
+    retrains constituents from nothing and compares them bit for bit. Exits with 1, and with the list,
+    if anything is wrong.
 
     \b
     Examples:
@@ -65,20 +72,29 @@ def verify(
     from sisa.store.store import open_store
 
     sys.path.insert(0, str(Path.cwd()))
-    found = open_store(store).verify(
-        replay=replay,  # type: ignore[arg-type]
-        executor=executor,
-        address=address,
-        workers=workers,
-        reporter=reporter(),
-    )
+    try:
+        opened = open_store(store)
+    except DamagedError as error:
+        found = _unopened(error)
+    else:
+        found = opened.verify(
+            replay=replay,  # type: ignore[arg-type]
+            executor=executor,
+            address=address,
+            workers=workers,
+            reporter=reporter(),
+        )
     if as_json:
         print_json(found.as_dict())
     else:
-        click.echo(
-            f"{found.stages_checked} stages checked, {found.stages_replayed} retrained from nothing ({found.comparison})"
-        )
-        for problem in found.problems:
-            click.echo(f"  problem: {problem}")
-        click.echo("ok" if found.ok else f"FAILED: {len(found.problems)} problems")
+        for line in verification_lines(found, replay=replay != "none"):
+            click.echo(line)
     context.exit(0 if found.ok else 1)
+
+
+def _unopened(error: DamagedError) -> Verification:
+    """A store that can't be opened fails the check like any other damage; nothing more can be said of it."""
+    from sisa.proof.verify import Verification
+
+    click.echo(f"hint: {error.hint}", err=True)
+    return Verification(ok=False, problems=[error.message])

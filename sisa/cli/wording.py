@@ -5,27 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sisa.proof.verify import Verification
     from sisa.store.results import Deletion, Repaired
+
+
+def counted(count: int, noun: str) -> str:
+    """Say how many there are.
+
+    >>> counted(1, "record"), counted(1200, "stage")
+    ('1 record', '1,200 stages')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def deletion_lines(done: Deletion) -> list[str]:
     """Say what a deletion did."""
-    lines = [f"{done.request}: {done.records} records of {done.subjects} subjects {_state(done.state)}"]
+    lines = [
+        f"{done.request}: {counted(done.records, 'record')} of {counted(done.subjects, 'subject')} {_state(done.state)}"
+    ]
     if done.repeated:
         lines[0] = f"asked before: {lines[0]}"
     if done.missing:
-        lines.append(f"{len(done.missing)} ids were not in the store")
+        lines.append(f"{counted(len(done.missing), 'id')} not in the store")
     if done.version_quarantine is not None:
         lines.append(f"out of service after {done.seconds_to_quarantine:.3f} s (version {done.version_quarantine})")
     if not done.shards:
         lines.append("only held-out rows: no model had seen them, none was retrained")
     elif done.version_after is not None:
         lines.append(
-            f"retrained {done.stages_retrained} stages of shards {_list(done.shards)}; "
+            f"retrained {counted(done.stages_retrained, 'stage')} of {_shards(done.shards)}; "
             f"live again as version {done.version_after} ({done.seconds:.1f} s in all)"
         )
     else:
-        lines.append(f"shards {_list(done.shards)} answer from their last clean stage until `sisa repair`")
+        lines.append(
+            f"not retrained: {_shards(done.shards)}; no stage that saw these rows answers; next: `sisa repair`"
+        )
     if done.note:
         lines.append(f"not retrained: {done.note}")
     return lines
@@ -35,9 +49,9 @@ def repair_lines(done: Repaired) -> list[str]:
     """Say what a repair did."""
     if not done.requests and not done.stages_retrained:
         return [f"nothing to repair (version {done.version_after})"]
-    lines = [f"retrained {done.stages_retrained} stages of shards {_list(done.shards)} ({done.seconds:.1f} s)"]
+    lines = [f"retrained {counted(done.stages_retrained, 'stage')} of {_shards(done.shards)} ({done.seconds:.1f} s)"]
     if done.requests:
-        lines.append(f"closed {len(done.requests)} requests: {', '.join(done.requests)}")
+        lines.append(f"closed {counted(len(done.requests), 'request')}: {', '.join(done.requests)}")
     lines.append(f"live: version {done.version_after}")
     return lines
 
@@ -52,5 +66,13 @@ def _state(state: str) -> str:
     }.get(state, state)
 
 
-def _list(shards: list[int]) -> str:
-    return ", ".join(map(str, shards)) or "none"
+def verification_lines(found: Verification, *, replay: bool) -> list[str]:
+    """Say what a verification found."""
+    replayed = f"{found.stages_replayed:,} retrained from nothing ({found.comparison})"
+    lines = [f"{counted(found.stages_checked, 'stage')} checked, {replayed if replay else 'none retrained (--replay)'}"]
+    lines += [f"  problem: {problem}" for problem in found.problems]
+    return [*lines, "ok" if found.ok else f"FAILED: {counted(len(found.problems), 'problem')}"]
+
+
+def _shards(shards: list[int]) -> str:
+    return f"shard{'' if len(shards) == 1 else 's'} {', '.join(map(str, shards)) or 'none'}"
