@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=60_000)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--slices", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--executor", choices=["ray", "inline"], default="ray")
     parser.add_argument("--json", action="store_true")

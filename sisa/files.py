@@ -103,11 +103,17 @@ def remove(path: Path) -> None:
             except FileNotFoundError:
                 return  # somebody else removed it meanwhile
             fsync_path(path.parent)
-        shutil.rmtree(doomed)
+        _remove_tree(doomed)
     else:
         path.unlink(missing_ok=True)
     if path.parent.exists():
         fsync_path(path.parent)
+
+
+def _remove_tree(folder: Path) -> None:
+    while os.path.lexists(folder):
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes it too: what is gone is gone
+            shutil.rmtree(folder)
 
 
 def touch_durably(path: Path) -> None:
@@ -147,24 +153,31 @@ class FileLock:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._take(descriptor, timeout_s, poll)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with contextlib.suppress(OSError):  # a full disk: who holds a lock is for messages only
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+        self._descriptor = descriptor
+
+    def _take(self, descriptor: int, timeout_s: float | None, poll: Callable[[], None] | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             except BlockingIOError:
                 if deadline is not None and time.monotonic() >= deadline:
-                    os.close(descriptor)
                     raise BusyError(
                         f"another operation holds {self.path.name} ({self.holder()})",
                         hint="Wait until it ends, then run the command again.",
                     ) from None
-                if poll is not None:
-                    poll()
-                time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
-        self._descriptor = descriptor
+            if poll is not None:
+                poll()
+            time.sleep(0.05)
 
     def release(self) -> None:
         """Let the lock go."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,7 @@ def open_store(layout: Layout) -> OpenStore:
         ) from error
     keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
     ledger = Ledger.open(layout.ledger)
-    frozen = ledger.fact("recipe_digest")
-    if frozen != recipe_digest(recipe):
+    if ledger.fact("recipe") != _seal(recipe):
         ledger.close()
         raise DamagedError(
             "recipe.yaml of the store was edited after training: its digest is not the one in the ledger",
@@ -133,6 +133,7 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
             return open_store(layout)
         make_folder(layout.keys)
         os.chmod(layout.keys, 0o700)  # noqa: PTH101 - a folder of ours
+        sweep_temporary(layout.keys)  # a killed attempt's keys
         write_durably(layout.routing_key, routing_key.hex().encode() + b"\n", mode=0o600)
         if not layout.exclusion_key.exists():
             write_durably(layout.exclusion_key, new_key().hex().encode() + b"\n", mode=0o600)
@@ -140,13 +141,18 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
             if leftover.exists():
                 remove(leftover)
         ledger = Ledger.create(layout.ledger)
-        ledger.remember(recipe_digest=recipe_digest(recipe))
+        ledger.remember(recipe=_seal(frozen_recipe(recipe)))
         ledger.close()
         make_folder(layout.records)
         make_folder(layout.checkpoints)
         write_durably(layout.recipe, dump_recipe(frozen_recipe(recipe)).encode())
         sweep_temporary(layout.root)
     return open_store(layout)
+
+
+def _seal(recipe: Recipe) -> str:
+    """Digest of everything that a store's recipe says, what doesn't determine training included."""
+    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
 
 
 def frozen_recipe(recipe: Recipe) -> Recipe:

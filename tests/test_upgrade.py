@@ -132,3 +132,30 @@ def test_an_upgrade_that_fails_half_way_leaves_the_old_ensemble_live(
     assert upgraded.training is not None
     assert upgraded.training.stages_reused > 0  # what the first try had finished
     assert upgraded.verify(replay="all", executor="inline").problems == []
+
+
+def test_weights_are_not_put_into_another_model(tmp_path: Path, factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, recipe_of(factory), binary())
+    edit(tmp_path, factory, width=5, monkeypatch=monkeypatch)
+    sisa.open_store(tmp_path / "store").predict_proba(binary().select(["x"]))  # the same source again
+    source = (tmp_path / f"{factory}.py").read_text().replace("Tanh", "ReLU")
+    (tmp_path / f"{factory}.py").write_text(source)
+    with pytest.raises(FootingError, match="model.factory"):
+        sisa.open_store(tmp_path / "store").predict_proba(binary().select(["x"]))
+
+
+def test_a_training_killed_before_its_footing_was_written_is_repaired(tmp_path: Path) -> None:
+    store = train(tmp_path, binary_recipe(), binary())
+    database = store.opened.ledger.database
+    with database.transaction():  # as it is between the end of the ingest and the first stage
+        for statement in (
+            "DELETE FROM facts WHERE name IN ('code', 'platform', 'fingerprint')",
+            "DELETE FROM stages",
+            "DELETE FROM versions",
+            "DELETE FROM members",
+        ):
+            database.rows(statement)
+    store.opened.checkpoints.sweep(0, keep=lambda _: False)
+    store.opened.checkpoints.sweep(1, keep=lambda _: False)
+    store.repair(executor="inline")
+    assert store.verify(replay="all", executor="inline").problems == []

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sisa.errors import StoreError, UnknownIdsError
+from sisa.errors import DamagedError, StoreError, UnknownIdsError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Kind, Request, Target
 from sisa.opening import OpenStore
@@ -57,6 +57,7 @@ def accept(
     Raises:
         UnknownIdsError: An id is unknown; nothing was changed.
         StoreError: The store holds no records yet.
+        DamagedError: Rows that the ledger expects are lost or unreadable: nobody can tell whose they were.
     """
     started = time.monotonic()
     with store.ingest_lock().held():
@@ -120,7 +121,7 @@ def _find_subjects(store: OpenStore, wanted: list[str]) -> dict[str, _Found]:
             by_place[shard, HOLDOUT_SLICE].append(subject)
     found: defaultdict[str, _Found] = defaultdict(_Found)
     for place, subjects in sorted(by_place.items()):
-        record_ids, subject_ids = present_ids(store.layout, *place)
+        record_ids, subject_ids = _ids_of(store, *place)
         _note(found, place, record_ids, subject_ids, by=subject_ids, wanted=subjects)
     return dict(found)
 
@@ -132,9 +133,24 @@ def _find_records(store: OpenStore, wanted: list[str]) -> dict[str, _Found]:
     found: defaultdict[str, _Found] = defaultdict(_Found)
     for partition in store.ledger.partitions.all():
         place = (partition.shard, partition.slice)
-        record_ids, subject_ids = present_ids(store.layout, *place)
+        record_ids, subject_ids = _ids_of(store, *place)
         _note(found, place, record_ids, subject_ids, by=record_ids, wanted=wanted)
     return dict(found)
+
+
+def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
+    """Return who is in a slice. A lost file must not look as if its people had never been there."""
+    expected = store.ledger.partitions.get(shard, slice_)
+    record_ids, subject_ids = present_ids(store.layout, shard, slice_)
+    lost = len(record_ids) != expected.records and not expected.dirty
+    if lost and store.ledger.partitions.get(shard, slice_) == expected:  # else a deletion came in between
+        where = f"holdout of shard {shard}" if slice_ == HOLDOUT_SLICE else f"slice {slice_} of shard {shard}"
+        raise DamagedError(
+            f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects; "
+            "nothing was changed",
+            hint="Restore the records of the store from a copy, then ask again; `sisa verify` lists what is wrong.",
+        )
+    return record_ids, subject_ids
 
 
 def _note(

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sisa.deletion.settle import purge_shard, settle_all
+from sisa.deletion.settle import purge_shard, remove_replays, settle_all
 from sisa.errors import SisaError
 from sisa.execution.build import Plan, build
 from sisa.execution.options import Execution
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
-from sisa.state import JSON
+from sisa.training.footing import Footing
 
 
 @dataclass
@@ -36,12 +36,10 @@ def bring_up(
     store: OpenStore,
     *,
     shards: Iterable[int] | None,
-    code: str,
-    platform: str,
+    footing: Footing,
     execution: Execution,
     reporter: Reporter,
     cause: str,
-    fingerprint: dict[str, JSON] | None = None,
     heal: bool = False,
     read_reused: bool = False,
 ) -> Repair:
@@ -52,15 +50,19 @@ def bring_up(
     Args:
         store: The store.
         shards: Which shards to build; None for those that open requests touched.
-        code: Code version that stages have to be trained with.
-        platform: Platform that they have to be trained on.
+        footing: Code and platform of this process. If the store stands on another, it moves to this one: every
+            stage is built again, and the old ones serve until all are there.
         execution: Where chains run.
         reporter: Who wants to know.
         cause: What the version is published for.
-        fingerprint: Of ``platform``, if the store is to stand on another footing from now on.
         heal: Retrain damaged and missing stages.
         read_reused: Verify every byte of stages that are reused.
     """
+    remove_replays(store)  # killed ones: a running one would hold our lock
+    code, platform = footing.code, footing.platform
+    if store.ledger.footing() is None:
+        store.ledger.stand_on(code=code, platform=platform, fingerprint=footing.fingerprint)
+    moves = store.ledger.footing() != (code, platform)
     result = Repair(version=0)
     reused: set[tuple[str, str]] = set()
     asked = None if shards is None else set(shards)
@@ -88,10 +90,10 @@ def bring_up(
         if not done.interrupted and not _unsettled(store):
             break
     result.reused = len(reused - {(row.key, row.platform) for row in result.trained})
-    if fingerprint is not None and result.failures:
+    if moves and result.failures:
         result.version = store.ledger.versions.live_number()  # half an upgrade is none: the old chains stay live
         return result
-    _publish(store, result, code=code, platform=platform, cause=cause, fingerprint=fingerprint)
+    _publish(store, result, footing, cause=cause)
     for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
         if not _unsettled(store):
             purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
@@ -107,17 +109,15 @@ def _unsettled(store: OpenStore) -> bool:
     return any(STATES.index(r.state) < STATES.index("repairing") for r in store.ledger.requests.open())
 
 
-def _publish(
-    store: OpenStore, result: Repair, *, code: str, platform: str, cause: str, fingerprint: dict[str, JSON] | None
-) -> None:
+def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str) -> None:
     """Publish the newest clean stages and close the repaired requests, in one transaction."""
     ledger = store.ledger
     with ledger.database.transaction():
-        if fingerprint is not None:
-            ledger.stand_on(code=code, platform=platform, fingerprint=fingerprint)
-        result.version = ledger.versions.publish_newest(cause=cause, shards=store.shards, code=code, platform=platform)
-        if fingerprint is not None:
-            ledger.stages.retire_others(code=code, platform=platform)
+        ledger.stand_on(code=footing.code, platform=footing.platform, fingerprint=footing.fingerprint)
+        result.version = ledger.versions.publish_newest(
+            cause=cause, shards=store.shards, code=footing.code, platform=footing.platform
+        )
+        ledger.stages.retire_others(code=footing.code, platform=footing.platform)
         for request in ledger.requests.open():
             if request.state != "repairing":
                 continue

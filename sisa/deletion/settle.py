@@ -39,7 +39,7 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> None:
     Raises:
         DamagedError: The rows of a slice are not readable, so nobody's can be erased from it.
     """
-    if STATES.index(request.state) >= PURGED:
+    if _purged(store, request):
         return
     for shard in request.shards:
         _mark(store, shard, request.id)
@@ -48,9 +48,8 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> None:
     store.ledger.requests.advance(request.id, "rows_erased")
     for shard in request.shards:
         first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
-        purge_shard(store, shard, first_stage=first, reporter=reporter)
-    if store.layout.scratch.exists():  # replays retrain there: they have seen the same rows
-        remove(store.layout.scratch)
+        purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
+    remove_replays(store)  # they have seen the same rows
     if request.shards:
         store.ledger.requests.advance(request.id, "stages_purged")
     else:
@@ -73,10 +72,11 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
     keys = shard_keys(store.keys.routing, shard)
     rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
     if rows.membership not in {expected.membership, expected.next_membership}:
-        raise DamagedError(
-            f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
-            hint=f"Restore the files under {folder_name(store, shard, slice_)} from a copy, then run `sisa repair`.",
-        )
+        raise rows_damage(store, shard, slice_)
+    if rows.membership == expected.next_membership:
+        # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
+        # after the next preparation would leave rows on disk that the ledger expects no more.
+        store.ledger.partitions.adopt_prepared(shard, slice_)
     exclusions = store.ledger.requests.exclusions().keys()
     keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion)
     store.ledger.partitions.prepare_erasure(
@@ -91,8 +91,21 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
     store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
 
 
-def purge_shard(store: OpenStore, shard: int, *, first_stage: int, reporter: Reporter) -> None:
-    """Remove the shard's tainted stages, and everything from ``first_stage`` on that nobody entered."""
+def remove_replays(store: OpenStore) -> None:
+    """Remove what a replay retrained, running or killed, and what somebody was killed removing."""
+    if store.layout.scratch.exists():
+        remove(store.layout.scratch)
+    sweep_temporary(store.layout.root)
+
+
+def purge_shard(
+    store: OpenStore, shard: int, *, first_stage: int, reporter: Reporter, request: Request | None = None
+) -> None:
+    """Remove the shard's tainted stages, and everything from ``first_stage`` on that nobody entered.
+
+    Nothing happens if ``request``, for which it is done, was purged meanwhile by another process: what lies
+    there unentered may by now be what its repair has just trained.
+    """
     told: list[bool] = []
 
     def waiting() -> None:
@@ -101,6 +114,8 @@ def purge_shard(store: OpenStore, shard: int, *, first_stage: int, reporter: Rep
             told.append(True)
 
     with FileLock(store.layout.shard_lock(shard)).held(poll=waiting):
+        if request is not None and _purged(store, request):
+            return
         rows = store.ledger.stages.all(shard)
         clean = {(row.key, row.platform) for row in rows if not row.tainted}
 
@@ -114,9 +129,17 @@ def purge_shard(store: OpenStore, shard: int, *, first_stage: int, reporter: Rep
                 store.ledger.stages.forget(row)
 
 
-def folder_name(store: OpenStore, shard: int, slice_: int) -> str:
-    """Name a partition's folder for a message."""
-    return str(store.layout.partition(shard, slice_).relative_to(store.layout.root))
+def _purged(store: OpenStore, request: Request) -> bool:
+    return STATES.index(store.ledger.requests.get(request.id).state) >= PURGED
+
+
+def rows_damage(store: OpenStore, shard: int, slice_: int) -> DamagedError:
+    """Return the error that says that a slice holds other rows than the ledger expects."""
+    folder = store.layout.partition(shard, slice_).relative_to(store.layout.root)
+    return DamagedError(
+        f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
+        hint=f"Restore the files under {folder} from a copy, then run `sisa repair`.",
+    )
 
 
 def _mark(store: OpenStore, shard: int, request: str) -> None:
@@ -127,8 +150,9 @@ def _mark(store: OpenStore, shard: int, request: str) -> None:
 
 def _clear_marks(store: OpenStore) -> None:
     """Take away the marks of requests that need none any more."""
+    # Marks first, the ledger second: whoever marked has been accepted before, so that none of theirs is missed.
+    marks = [mark for folder in store.layout.locks.glob("stop-*") for mark in folder.iterdir()]
     needed = {r.id for r in store.ledger.requests.open() if STATES.index(r.state) < PURGED}
-    for folder in store.layout.locks.glob("stop-*"):
-        for mark in folder.iterdir():
-            if mark.name not in needed:
-                mark.unlink(missing_ok=True)
+    for mark in marks:
+        if mark.name not in needed:
+            mark.unlink(missing_ok=True)

@@ -14,9 +14,10 @@ import numpy as np
 
 from sisa.checkpoints import StageId
 from sisa.ensemble.aggregation import Scores, aggregate
-from sisa.errors import DamagedError, NoConstituentError, StoreError
+from sisa.errors import DamagedError, FootingError, NoConstituentError, StoreError
 from sisa.learners.columns import Columns
 from sisa.learners.predict import Constituent
+from sisa.learners.source import code_version
 from sisa.ledger import Member, Version
 from sisa.opening import OpenStore
 
@@ -37,6 +38,7 @@ class LiveEnsemble:
     """The constituents of the live version, loaded when they are first needed."""
 
     def __init__(self, store: OpenStore) -> None:
+        _check_model_source(store)
         self._store = store
         self._loaded: dict[tuple[str, str], Constituent] = {}
 
@@ -94,6 +96,22 @@ class LiveEnsemble:
             f"no clean constituent is left in version {version.number}: every shard is out of service",
             hint="`sisa repair` retrains them.",
         )
+
+
+def _check_model_source(store: OpenStore) -> None:
+    """Make sure that weights are put into the model that they were trained in.
+
+    Raises:
+        FootingError: The source of model.factory is another than at the training.
+    """
+    footing = store.ledger.footing()
+    if store.recipe.model.factory is None or footing is None or footing[0] == code_version(store.recipe):
+        return
+    raise FootingError(
+        f"the source of model.factory ({store.recipe.model.factory}) is not the one that the store was trained with, "
+        "so its weights may mean something else in it",
+        hint="Go back to the old source, or rebuild everything with `sisa train CONFIG --upgrade`.",
+    )
 
 
 def predicted_classes(scores_BC: Scores, classes: list[bool | int | str]) -> list[bool | int | str]:

@@ -72,12 +72,20 @@ class Partitions:
         It is not if another deletion was accepted for it after ``changes`` was read.
         """
         with self._db.transaction():
+            self.adopt_prepared(shard, slice_)
             self._db.rows(
-                "UPDATE partitions SET records = next_records, subjects = next_subjects, membership = next_membership,"
-                " next_records = NULL, next_subjects = NULL, next_membership = NULL, dirty = (changes <> ?) WHERE shard = ? AND slice = ?",
-                (changes, shard, slice_),
+                "UPDATE partitions SET dirty = (changes <> ?) WHERE shard = ? AND slice = ?", (changes, shard, slice_)
             )
             return not self.get(shard, slice_).dirty
+
+    def adopt_prepared(self, shard: int, slice_: int) -> None:
+        """Make the prepared content the expected one, since the file holds it; the slice stays dirty."""
+        with self._db.transaction():
+            self._db.rows(
+                "UPDATE partitions SET records = next_records, subjects = next_subjects, membership = next_membership,"
+                " next_records = NULL, next_subjects = NULL, next_membership = NULL WHERE shard = ? AND slice = ?",
+                (shard, slice_),
+            )
 
 
 def _partition(row: sqlite3.Row) -> Partition:

@@ -42,10 +42,15 @@ def difference(stored: Recipe, asked: Recipe) -> list[str]:
     new = {**training_identity(asked), "aggregation": asked.sisa.aggregation}
     left, right = _flat(old), _flat(new)
     return [
-        f"{_named(path)}: the store has {left.get(path, 'nothing')!r}, asked for {right.get(path, 'nothing')!r}"
+        f"{_named(path)}: the store has {_value(left, path)}, asked for {_value(right, path)}"
         for path in sorted(left.keys() | right.keys())
         if left.get(path) != right.get(path)
     ]
+
+
+def _value(fields: dict[str, object], path: str) -> str:
+    value = fields.get(path)
+    return "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _named(path: str) -> str:

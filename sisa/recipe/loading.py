@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from sisa.errors import RecipeError, UserError
 from sisa.recipe import schema
@@ -28,6 +29,18 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("routing",): schema.RoutingSpec,
 }
 
+
+KINDS = {
+    "model_type": "a mapping of fields",
+    "dict_type": "a mapping of fields",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+}
+"""What pydantic's error types ask for."""
 
 MOST_PASSES = 8
 STAND_INS: dict[tuple[str, ...], object] = {
@@ -127,7 +140,10 @@ def _with_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+            raise UserError(
+                f"--set {override!r}: the value is not valid YAML",
+                hint="Quote texts with signs in them, inside the shell's quotes: --set 'data.features=\"*\"'.",
+            ) from error
         *folders, name = dotted.split(".")
         place = merged
         for folder in folders:
@@ -138,21 +154,53 @@ def _with_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
     return merged
 
 
-def _problems(error: ValidationError) -> Iterable[str]:
+def _problems(error: ValidationError) -> list[str]:
+    problems: list[str] = []
+    expected: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
         location = [str(part) for part in item["loc"] if part not in {"bool", "int", "str", "list[str]"}]
         location = [part for part in location if not part.startswith(("list[", "literal[", "constrained"))]
         path = ".".join(location)
-        reason = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            yield f"{path}: no such field{_nearest(location)}"
+            problems.append(f"{path}: no such field{_nearest(location)}")
         elif item["type"] == "missing":
-            yield f"{path}: missing; it has no default"
-        else:
-            if item["type"] != "value_error":
-                reason = f"{reason[:1].lower()}{reason[1:]}, got {_shown(item['input'])}"
-            for part in reason.split("\n"):
-                yield f"{path}: {part}" if path else part
+            problems.append(f"{path}: missing; it has no default")
+        elif item["type"] == "value_error":
+            problems += [_placed(path, part) for part in item["msg"].removeprefix("Value error, ").split("\n")]
+        elif item["type"] != "literal_error" or not isinstance(item["input"], list):
+            # (A list whose entries are wrong needn't be told that "*" would do as well.)
+            # What may be one of several kinds has an error for each: they become one.
+            expected.setdefault((path, _shown(item)), []).append(_expected(item))
+    problems += [f"{path}: {_either(wanted)}, got {got}" for (path, got), wanted in expected.items()]
+    return problems
+
+
+def _placed(path: str, reason: str) -> str:
+    """Join the path of a section and a reason that begins with a field of it."""
+    field, colon, _ = reason.partition(": ")
+    if path and colon and all(part.isidentifier() for part in field.split(".")):
+        return f"{path}.{reason}"
+    return f"{path}: {reason}" if path else reason
+
+
+def _expected(item: ErrorDetails) -> str:
+    """Say what would have been right, without the checker's own words."""
+    limits = item.get("ctx", {})
+    kind = item["type"]
+    if kind in KINDS:
+        return f"expected {KINDS[kind]}"
+    if kind == "literal_error":
+        return f"expected {limits['expected']}"
+    if kind == "too_short":
+        return f"expected at least {limits['min_length']} entries"
+    for limit, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
+        if limit in limits:
+            return f"expected {words} {limits[limit]}"
+    return f"{item['msg'][:1].lower()}{item['msg'][1:]}"
+
+
+def _either(wanted: list[str]) -> str:
+    return " or ".join([wanted[0], *(text.removeprefix("expected ") for text in wanted[1:])])
 
 
 def _mended(content: dict[str, Any], error: ValidationError) -> dict[str, Any]:
@@ -169,8 +217,10 @@ def _mended(content: dict[str, Any], error: ValidationError) -> dict[str, Any]:
         if item["type"] == "missing":
             path.append(str(item["loc"][-1]))
             parent = place
-        if not path:
-            continue
+        if not path or (item["type"] == "extra_forbidden" and len(path) < len(item["loc"])):
+            continue  # nothing to mend, or its section has been replaced by now
+        if path == ["model", "name"]:
+            path, parent = path[:1], mended  # what other fields may be depends on the name
         stand_in = STAND_INS.get(tuple(path))
         if stand_in is None or item["type"] == "extra_forbidden":
             parent.pop(path[-1], None)
@@ -194,10 +244,17 @@ def _kind(value: object) -> str:
     return {type(None): "nothing", list: "a list", str: "a text"}.get(type(value), f"a {type(value).__name__}")
 
 
-def _shown(value: object) -> str:
+def _shown(item: ErrorDetails) -> str:
+    value = item["input"]
+    if item["type"] == "too_short":
+        return str(item.get("ctx", {})["actual_length"])
     if isinstance(value, dict | list):
-        return _kind(value) if isinstance(value, list) else "a mapping"
-    return repr(value)
+        return "a list" if isinstance(value, list) else "a mapping"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "nothing"
+    return repr(value) if isinstance(value, str | int | float) else f"{value} (a {type(value).__name__})"
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:

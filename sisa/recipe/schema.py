@@ -182,21 +182,24 @@ class ModelSpec(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
         problems: list[str] = []
-        if (self.name is None) == (self.factory is None):
+        if self.name is None and self.factory is None:
             problems.append("expected either name (mlp, cnn, logistic) or factory (package.module:function)")
+        if self.name is not None and self.factory is not None:
+            problems.append("expected either name or factory, got both (name: null takes the name away)")
         if self.factory is not None:
             module, _, function = self.factory.partition(":")
             if not all(part.isidentifier() for part in [*module.split("."), function]):
                 problems.append(f"factory: expected package.module:function, got {self.factory!r}")
-        allowed = {
+        allowed: dict[str | None, set[str]] = {
             "mlp": {"hidden", "activation", "dropout", "batch_norm"},
             "cnn": {"hidden", "channels", "activation", "dropout", "batch_norm"},
             "logistic": set(),
             None: {"options"},
-        }[self.name]
+        }
         settings = {"hidden", "channels", "activation", "dropout", "batch_norm", "options"}
-        unused = sorted((self.model_fields_set & settings) - allowed - {f for f in settings if not getattr(self, f)})
-        if unused:
+        given = {field for field in self.model_fields_set & settings if getattr(self, field)}
+        unused = sorted(given - allowed[self.name])
+        if unused and (self.name is None) != (self.factory is None):
             problems.append(f"{', '.join(unused)}: not a setting of {self.name or 'a factory (use options)'}")
         if problems:
             raise ValueError("\n".join(problems))

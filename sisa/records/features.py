@@ -29,7 +29,7 @@ def open_input(uri: str, recipe: Recipe, *, added: Sequence[str] = ()) -> Source
     Raises:
         SourceError: The table can't be read, lacks a feature, or has a column that is to be added.
     """
-    source = open_source(uri)
+    source = open_source(uri, name="the input")
     check_columns(source.schema.names, recipe.data.features, what=f"the input {uri!r}")
     taken = [name for name in added if name in source.schema.names]
     if taken:

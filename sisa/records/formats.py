@@ -52,6 +52,8 @@ def format_of(path: Path) -> str:
     """
     with path.open("rb") as stream:
         head = stream.read(8)
+    if not head:
+        raise SourceError(f"{str(path)!r} is an empty file", hint="Write the file again, or leave it out.")
     if head[:4] == b"PAR1":
         return "parquet"
     if head[:6] == b"ARROW1":
@@ -61,7 +63,7 @@ def format_of(path: Path) -> str:
     if path.suffix.lower() == ".csv":
         return "csv"
     raise SourceError(
-        f"data.source {str(path)!r} is no table that can be read; expected Parquet, Arrow IPC, or CSV (named *.csv)",
+        f"{str(path)!r} is no table that can be read; expected Parquet, Arrow IPC, or CSV (named *.csv)",
         hint="Convert the file to Parquet.",
     )
 
@@ -150,7 +152,7 @@ def _csv_reader(path: Path, columns: Sequence[str] | None) -> Iterator[pacsv.CSV
             raise
         expected, actual = invalid[0]
         raise SourceError(
-            f"data.source {str(path)!r}: a row has {actual} fields where the header has {expected}",
+            f"{str(path)!r}: a row has {actual} fields where the header has {expected}",
             hint="Quote fields that contain a comma.",
         ) from error
 
@@ -182,7 +184,7 @@ def _digits(path: Path) -> NDArray[np.float64]:
     """Read (N, 65) numbers, 64 pixels and the digit, without importing scikit-learn if its file is in place."""
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
-        raise SourceError(f"data.source {str(path)!r} needs scikit-learn", hint="pip install 'sisa[digits]'")
+        raise SourceError(f"{str(path)!r} needs scikit-learn", hint="pip install 'sisa[digits]'")
     file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.is_file():
         return np.loadtxt(file, delimiter=",")

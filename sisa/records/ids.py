@@ -38,13 +38,11 @@ def read_ids(
         with path.open("rb") as stream:
             head = stream.read(4)
         if not head.startswith(_HEADS) and path.suffix.lower() != ".csv":
-            return "subject", _unique(
-                [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()], path
-            )
+            return "subject", _unique([line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")], path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is neither a table nor UTF-8 text"
         raise UserError(f"--from {str(path)!r} can't be read: {reason}", hint="Give one id per line.") from error
-    source = open_source(str(path))
+    source = open_source(str(path), name="--from")
     column = next((name for name in (subject_column, record_column) if name in source.schema.names), None)
     if column is None:
         names = source.schema.names
@@ -54,8 +52,12 @@ def read_ids(
             hint="Name the id column as the recipe does.",
         )
     ids: list[str] = []
-    for batch in source.batches([column]):
-        ids += canonical_ids(batch.column(0), column=column).to_pylist()
+    try:
+        for batch in source.batches([column]):
+            ids += canonical_ids(batch.column(0), column=column).to_pylist()
+    except SourceError as error:
+        where = "" if error.message.startswith("--from") else f"--from {str(path)!r}: "
+        raise SourceError(f"{where}{error.message}", hint="Mend the file, or leave these rows out.") from error
     return ("subject" if column == subject_column else "record"), _unique(ids, path)
 
 

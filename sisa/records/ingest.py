@@ -113,7 +113,7 @@ def compare(
 
 def _intake(recipe: Recipe, *, routing_key: bytes, excluded: Excluded | None) -> Intake:
     second = recipe.data.holdout.source
-    holdout = open_source(second) if second is not None else None
+    holdout = open_source(second, name="data.holdout.source") if second is not None else None
     if holdout is not None:
         check_fits(recipe, holdout)
     router = Router(

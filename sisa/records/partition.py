@@ -204,12 +204,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table | None:
     """Read a partition's file with its checksums verified; None if its folder holds no rows."""
-    if not path.exists():
-        return None
     try:
         with papq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             table = file.read(columns=columns, use_threads=False)
         table.validate(full=True)
+    except FileNotFoundError:  # also if its last rows were erased this very moment
+        return None
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise _damaged(path, "it is unreadable, or a page doesn't fit its checksum") from error
     return table

@@ -37,6 +37,8 @@ class Source:
     rows: int | None
     """Number of rows, None if only reading would tell."""
     _parts: tuple[tuple[Path, Reader], ...]
+    _name: str = "data.source"
+    """What the caller calls it, for messages."""
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Read the table, or some of its columns, in bounded memory.
@@ -49,33 +51,37 @@ class Source:
         """
         names = list(self.schema.names if columns is None else columns)
         for path, reader in self._parts:
-            with _explained(path):
+            with _explained(path, self._name):
                 for batch in reader(path, names):
                     if batch.num_rows:
                         yield _unified(batch.select(names), self.schema)
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, *, name: str = "data.source") -> Source:
     """Open a path, a glob or ``builtin:digits``.
+
+    Args:
+        uri: What to open.
+        name: Where the caller was given it (a field, an option), for messages.
 
     Raises:
         SourceError: There is no such file, it isn't a table, or the files of a glob differ in their columns.
         UserError: Another kind of address.
     """
     if uri.startswith(BUILTIN):
-        return _builtin(uri)
+        return _builtin(uri, name)
     text = uri.removeprefix("file://")
     if "://" in text:
         raise UserError(
-            f"data.source {uri!r}: expected a local path or glob, object storage is not supported yet",
+            f"{name} {uri!r}: expected a local path or glob, object storage is not supported yet",
             hint="Copy the table to a local or shared disk.",
         )
     parts: list[tuple[Path, Reader]] = []
     schema: pa.Schema | None = None
     counts: list[int | None] = []
     csv: set[bool] = set()
-    for path in _files(text):
-        with _explained(path):
+    for path in _files(text, name):
+        with _explained(path, name):
             kind = format_of(path)
             found, count, reader = OPENERS[kind](path)
         _check_names(found, path)
@@ -90,37 +96,39 @@ def open_source(uri: str) -> Source:
         parts.append((path, reader))
         counts.append(count)
     if len(csv) > 1:
-        raise SourceError(f"data.source {uri!r} mixes CSV and typed files", hint="Use one format for all files.")
+        raise SourceError(f"{name} {uri!r} mixes CSV and typed files", hint="Use one format for all files.")
     known = [count for count in counts if count is not None]
     rows = sum(known) if len(known) == len(counts) else None
-    return Source(uri, schema, csv == {True}, rows, tuple(parts))
+    return Source(uri, schema, csv == {True}, rows, tuple(parts), name)
 
 
-def _files(text: str) -> list[Path]:
+def _files(text: str, name: str) -> list[Path]:
     path = Path(text)
     if path.is_dir():
         raise SourceError(
-            f"data.source {text!r} is a folder; expected a file or a glob",
+            f"{name} {text!r} is a folder; expected a file or a glob",
             hint=f"Give for example {text.rstrip('/')}/*.parquet.",
         )
     if path.is_file():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns too
+    found = sorted(Path(file) for file in glob.glob(text, recursive=True) if Path(file).is_file())  # noqa: PTH207 - absolute patterns too
     if not found:
         kind = "no file matches" if glob.has_magic(text) else "there is no such file"
-        raise SourceError(f"data.source {text!r}: {kind}", hint="Paths are relative to the current folder.")
+        raise SourceError(f"{name} {text!r}: {kind}", hint="Paths are relative to the current folder.")
     return found
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path, name: str) -> Iterator[None]:
     """Turn what a reader raises into a :class:`SourceError` that names the file."""
     try:
         yield
+    except SourceError as error:
+        raise SourceError(f"{name} {error.message}", hint=error.hint) from error
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         # A reader's own words may quote a row.
         raise SourceError(
-            f"data.source {str(path)!r} can't be read: it is damaged or not in the format that it seems "
+            f"{name} {str(path)!r} can't be read: it is damaged or not in the format that it seems "
             f"to be ({type(error).__name__})",
             hint="Write the file again, or leave it out.",
         ) from error
@@ -161,7 +169,7 @@ def _difference(one: pa.Schema, other: pa.Schema) -> str:
     return f"column {name!r} is {right.get(name, 'absent')} here, {left.get(name, 'absent')} there"
 
 
-def _builtin(uri: str) -> Source:
+def _builtin(uri: str, name: str) -> Source:
     if uri != "builtin:digits":
-        raise SourceError(f"data.source {uri!r}: no such built-in table", hint="The built-in table is builtin:digits.")
-    return Source(uri, DIGITS, csv=False, rows=1797, _parts=((Path(uri), read_digits),))
+        raise SourceError(f"{name} {uri!r}: no such built-in table", hint="The built-in table is builtin:digits.")
+    return Source(uri, DIGITS, csv=False, rows=1797, _parts=((Path(uri), read_digits),), _name=name)

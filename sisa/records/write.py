@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.ipc as paipc
 from numpy.typing import NDArray
 
-from sisa.files import TEMPORARY, make_folder, publish_folder, remove
+from sisa.files import TEMPORARY, make_folder, publish_folder, remove, sweep_temporary
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.lineage import membership
 from sisa.recipe import Recipe
@@ -74,8 +74,8 @@ def write(
     Raises:
         SourceError: The sources changed since they were scanned; the store's records are as they were.
     """
+    sweep_temporary(layout.root)  # of killed attempts: they hold people's rows
     scratch = Layout(layout.root / f"{TEMPORARY}records")
-    remove(scratch.root)
     make_folder(scratch.records)
     told = _Told(on_progress)
     try:

@@ -1,29 +1,10 @@
-"""On what code and platform a store's chains were trained, and whether this process is the same."""
+"""Whether this process would retrain the bits that a store was trained with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sisa.errors import FootingError
-from sisa.learners.source import code_version
 from sisa.opening import OpenStore
-from sisa.state import JSON
-from sisa.training.platform import fingerprint, platform_id
-
-
-@dataclass(frozen=True)
-class Footing:
-    """Code version, platform id, and what the platform is."""
-
-    code: str
-    platform: str
-    fingerprint: dict[str, JSON]
-
-
-def footing_here(store: OpenStore) -> Footing:
-    """Return the footing of this process for a store's recipe."""
-    found = fingerprint(store.recipe)
-    return Footing(code_version(store.recipe), platform_id(found), found)
+from sisa.training.footing import Footing
 
 
 def require_same(store: OpenStore, here: Footing) -> None:

@@ -6,12 +6,19 @@ Everything that can be refused is refused before the first byte is written.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from sisa.deletion.repair import Repair, bring_up
+from sisa.deletion.settle import rows_damage, settle_all
 from sisa.errors import RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
+from sisa.files import FileLock
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.learners.check import check_model
 from sisa.ledger import Partition
@@ -21,12 +28,14 @@ from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
 from sisa.records.excluded import excluded_rows
-from sisa.records.partition import present_ids
+from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
-from sisa.store.footing import footing_here, require_same
+from sisa.routing.keys import shard_keys
+from sisa.store.footing import require_same
 from sisa.store.results import Training
 from sisa.store.store import Store
+from sisa.training.footing import footing_here
 
 
 def train(
@@ -88,7 +97,9 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         opened = open_store(layout)
         _same_recipe(opened, resolved)
         if not upgrade:
-            require_same(opened, footing_here(opened))
+            require_same(opened, footing_here(opened.recipe))
+        if not opened.ledger.ingested:  # an ingest that was killed: the source may be another by now
+            _scan(asked, resolved, key, reporter)
     else:
         check_model(resolved)
         _scan(asked, resolved, key, reporter)
@@ -96,6 +107,8 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         _same_recipe(opened, resolved)
     with opened.operation_lock().held(timeout_s=0):
         if opened.ledger.ingested:
+            settle_all(opened, reporter)  # rows of accepted deletions are neither kept nor missing
+            _check_rows(opened)
             return opened, _compare(opened, resolved, reporter)
         with opened.ingest_lock().held():
             _ingest(opened, resolved, reporter)
@@ -113,8 +126,18 @@ def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
 
 
 def _excluder(opened: OpenStore) -> Excluded:
-    exclusions = opened.ledger.requests.exclusions().keys()
-    return lambda records, subjects: excluded_rows(records, subjects, exclusions, opened.keys.exclusion)
+    """Mark deleted people's rows, as known when the first rows arrive.
+
+    A comparison has read the partitions by then: whoever was erased from them before is known as deleted.
+    """
+    known: list[Collection[tuple[str, bytes]]] = []
+
+    def excluded(records: pa.StringArray, subjects: pa.StringArray) -> NDArray[np.bool_]:
+        if not known:
+            known.append(opened.ledger.requests.exclusions().keys())
+        return excluded_rows(records, subjects, known[0], opened.keys.exclusion)
+
+    return excluded
 
 
 def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
@@ -152,6 +175,21 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
     )
 
 
+def _check_rows(opened: OpenStore) -> None:
+    """Make sure that the store holds the rows that it should: what was lost must not look like new in the source.
+
+    Raises:
+        DamagedError: It doesn't.
+    """
+    for shard in range(opened.shards):
+        keys = shard_keys(opened.keys.routing, shard)
+        with FileLock(opened.layout.rows_lock(shard)).held():
+            for expected in opened.ledger.partitions.all(shard):
+                rows = read_partition(opened.layout, opened.recipe, keys, shard, expected.slice)
+                if rows.membership not in {expected.membership, expected.next_membership}:
+                    raise rows_damage(opened, shard, expected.slice)
+
+
 def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
     """Hold the source against the store; return how many stored rows it hasn't any more."""
     reporter.begin("comparing the source with the store", ingest.rows(resolved))
@@ -180,22 +218,18 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
 
 
 def _build(opened: OpenStore, execution: Execution, reporter: Reporter, *, upgrade: bool) -> Repair:
-    here = footing_here(opened)
+    here = footing_here(opened.recipe)
     standing = opened.ledger.footing()
-    if standing is None:
-        opened.ledger.stand_on(code=here.code, platform=here.platform, fingerprint=here.fingerprint)
-    moves = upgrade and standing is not None and standing != (here.code, here.platform)
+    moves = upgrade and standing not in {None, (here.code, here.platform)}
     if not moves:
         require_same(opened, here)
     done = bring_up(
         opened,
         shards=range(opened.shards),
-        code=here.code,
-        platform=here.platform,
+        footing=here,
         execution=execution,
         reporter=reporter,
         cause="upgrade" if moves else "train",
-        fingerprint=here.fingerprint if moves else None,
         read_reused=True,
     )
     raise_first(done.failures)

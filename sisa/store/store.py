@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sisa import opening
 from sisa.deletion.accept import accept
 from sisa.deletion.settle import settle
-from sisa.errors import FootingError, UserError
+from sisa.errors import FootingError, StoreError, UserError
 from sisa.layout import Layout
 from sisa.progress import Reporter, Silent
 from sisa.store.results import Deletion, Metrics, Repaired, Training
@@ -146,7 +146,8 @@ class Store:
                 f"nothing to delete: none of {len(set(wanted_subjects) | set(wanted_records))} ids is in the store",
                 hint="Nothing was changed; check the ids.",
             )
-        reporter.note(f"accepted as {accepted.request.id}: no prediction uses these rows any more")
+        asked = "asked for before, as" if accepted.repeated else "accepted as"
+        reporter.note(f"{asked} {accepted.request.id}: no prediction uses these rows any more")
         settle(self.opened, accepted.request, reporter)
         note = "" if defer else self._repair_after(accepted.request.id, execution, reporter)
         return self._deletion(
@@ -157,10 +158,11 @@ class Store:
         """Repair unless it is done already; return why it has to wait, if it has to."""
         if not self.opened.ledger.requests.get(request).open:
             return ""
-        from sisa.store.footing import footing_here, require_same
+        from sisa.store.footing import require_same
+        from sisa.training.footing import footing_here
 
         try:
-            require_same(self.opened, footing_here(self.opened))
+            require_same(self.opened, footing_here(self.opened.recipe))
         except FootingError as error:
             reporter.note(f"erased; not retrained: {error.message}")
             return f"{error.message}. {error.hint}"
@@ -171,9 +173,10 @@ class Store:
         self, shards: Iterable[int] | None, execution: Execution, reporter: Reporter, *, heal: bool
     ) -> Repair:
         from sisa.deletion.repair import bring_up
-        from sisa.store.footing import footing_here, require_same
+        from sisa.store.footing import require_same
+        from sisa.training.footing import footing_here
 
-        here = footing_here(self.opened)
+        here = footing_here(self.opened.recipe)
         require_same(self.opened, here)
         lock = self.opened.operation_lock()
         told: list[bool] = []
@@ -187,8 +190,7 @@ class Store:
             done = bring_up(
                 self.opened,
                 shards=shards,
-                code=here.code,
-                platform=here.platform,
+                footing=here,
                 execution=execution,
                 reporter=reporter,
                 cause="repair",
@@ -240,6 +242,8 @@ class Store:
         started = time.monotonic()
         reporter = reporter or Silent()
         ledger = self.opened.ledger
+        if not ledger.ingested:
+            raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
         for request in ledger.requests.open():
             settle(self.opened, request, reporter)
         before = ledger.versions.live_number()

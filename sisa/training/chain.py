@@ -119,8 +119,8 @@ class _Chain:
         self._stopped = stopped
         self._report = report
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
-        self._checkpoints.sweep(task.shard, keep=lambda _: True)  # what a killed worker left unfinished
         self._keys = chain_keys(task)
+        self._checkpoints.sweep(task.shard, keep=self._kept)  # what a killed worker left unfinished
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
@@ -132,6 +132,11 @@ class _Chain:
             if manifest is None:
                 manifest = self._train(stage)
             self._report(StageDone(_row(self._task, manifest), reused=reused))
+
+    def _kept(self, identity: StageId) -> bool:
+        """Healing removes stages that nobody entered and no record calls for: a restored backup's, for instance."""
+        task = self._task
+        return not task.heal or identity.platform != task.platform or identity.key in {*self._keys, *task.known}
 
     def _identity(self, stage: int) -> StageId:
         return StageId(self._task.shard, stage, self._keys[stage - 1], self._task.platform)
