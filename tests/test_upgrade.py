@@ -140,7 +140,7 @@ def test_weights_are_not_put_into_another_model(tmp_path: Path, factory: str, mo
     sisa.open_store(tmp_path / "store").predict_proba(binary().select(["x"]))  # the same source again
     source = (tmp_path / f"{factory}.py").read_text().replace("Tanh", "ReLU")
     (tmp_path / f"{factory}.py").write_text(source)
-    with pytest.raises(FootingError, match="model.factory"):
+    with pytest.raises(FootingError, match=r"model\.factory"):
         sisa.open_store(tmp_path / "store").predict_proba(binary().select(["x"]))
 
 
