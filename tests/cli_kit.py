@@ -55,6 +55,7 @@ class Cli:
 
     def __init__(self, capsys: Any) -> None:
         self._capsys = capsys
+        self.folder = Path.cwd()
 
     def __call__(self, *words: object) -> Said:
         """Run a command."""
