@@ -123,11 +123,17 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
         routing_key: The secret that routes the records.
 
     Raises:
-        UserError: The folder holds something else.
+        UserError: The folder holds something else, or can't be made.
     """
     check_vacant(layout)
-    make_folder(layout.root)
-    make_folder(layout.locks)
+    try:
+        make_folder(layout.root)
+        make_folder(layout.locks)
+    except OSError as error:
+        raise UserError(
+            f"store {str(layout.root)!r}: the folder can't be made: {error.strerror}",
+            hint="Choose a place that you may write to.",
+        ) from error
     with FileLock(layout.lock("create")).held():
         if is_store(layout):
             return open_store(layout)
@@ -169,6 +175,11 @@ def check_vacant(layout: Layout) -> None:
     root = layout.root
     if root.exists() and not root.is_dir():
         raise UserError(f"store {str(root)!r}: expected a folder, found a file", hint="Choose another path.")
+    above = next(folder for folder in root.parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(
+            f"store {str(root)!r}: {str(above)!r} is a file, expected a folder", hint="Choose another path."
+        )
     strangers = (
         sorted(p.name for p in root.iterdir() if p.name not in PARTS and not p.name.startswith("tmp-"))
         if root.exists()

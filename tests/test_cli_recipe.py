@@ -49,8 +49,7 @@ def test_many_mistakes_are_one_message(cli, tmp_path):
         "model.hidden.1: expected at least 1, got -1",
         "model.hiden: no such field; did you mean 'hidden'?",
         "sisa.shards: expected at least 1, got 0",
-        "sisa.slices: 9 slices need more than 2 epochs (2 * epochs / (slices + 1) must be at least 1); "
-        "the largest number for 2 epochs is 3",
+        "sisa.slices: 9 slices need more than 2 epochs (2 * epochs / (slices + 1) must be at least 1); the largest number for 2 epochs is 3",
         "stor: no such field; did you mean 'store'?",
         "training.batch_size: expected a whole number, got '16'",
         "training.optimizer.name: expected one of sgd, adam, adamw or torch.optim.CLASS, got 'sgdd'",

@@ -85,6 +85,9 @@ def open_source(uri: str, *, name: str = "data.source") -> Source:
             kind = format_of(path)
             found, count, reader = OPENERS[kind](path)
         _check_names(found, path)
+        csv.add(kind == "csv")
+        if len(csv) > 1:
+            raise SourceError(f"{name} {uri!r} mixes CSV and typed files", hint="Use one format for all files.")
         if schema is not None and _comparable(found) != _comparable(schema):
             raise SourceError(
                 f"{str(path)!r} has other columns or types than {str(parts[0][0])!r}: {_difference(schema, found)}",
@@ -92,11 +95,8 @@ def open_source(uri: str, *, name: str = "data.source") -> Source:
             )
         # Files may encode the same texts in different ways; then their plain form is what is read.
         schema = found if schema is None or schema.equals(found) else _plain(schema)
-        csv.add(kind == "csv")
         parts.append((path, reader))
         counts.append(count)
-    if len(csv) > 1:
-        raise SourceError(f"{name} {uri!r} mixes CSV and typed files", hint="Use one format for all files.")
     known = [count for count in counts if count is not None]
     rows = sum(known) if len(known) == len(counts) else None
     return Source(uri, schema, csv == {True}, rows, tuple(parts), name)

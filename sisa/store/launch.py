@@ -143,7 +143,7 @@ def _excluder(opened: OpenStore) -> Excluded:
 def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
     reporter.begin("checking the source", ingest.rows(resolved))
     try:
-        ingest.scan(
+        found = ingest.scan(
             resolved,
             routing_key=key,
             undeclared_text=undeclared_text(asked, resolved),
@@ -151,6 +151,8 @@ def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> No
         )
     finally:
         reporter.end()
+    if not found.records:
+        reporter.note("data.source has no records: every shard stays out of the vote, and nothing can be predicted")
 
 
 def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
