@@ -77,6 +77,7 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
             from sisa.execution.cluster import run_on_ray
 
             workers = execution.worker_count(len(tasks))
+            reporter.note(f"running {len(tasks)} chains on Ray, {workers} at a time")
             run_on_ray(tasks, collect.event, collect.failure, address=execution.address, workers=workers)
         else:
             run_inline(tasks, collect.event, collect.failure)
