@@ -180,11 +180,12 @@ def test_2_a_source_that_changes_what_it_says_of_deleted_people(store, tmp_path)
     assert gone(store, victim)
 
 
-def test_2_a_deleted_record_comes_back_under_another_owner(store, tmp_path):
+@pytest.mark.parametrize("asked", ["subjects", "records"])
+def test_2_a_deleted_record_comes_back_under_another_owner(store, tmp_path, asked):
     """Once as the record that was deleted, now said to be somebody else's: still excluded."""
     record = slices(store)[1, 2][0]
-    store.delete(records=[record], executor="inline")
     row = [str(r) for r in TABLE["record"].to_pylist()].index(record)
+    store.delete(**{asked: [record if asked == "records" else TABLE["person"][row].as_py()]}, executor="inline")
     moved = tables.with_value(TABLE, row=row, column="person", value=one_of(store, (0, 1)))
     done = again(store, tmp_path, RECIPE, write(moved, tmp_path / "moved.parquet")).training
     assert done.stages_trained == 0
