@@ -48,7 +48,7 @@ def one_of(store, place):
     return next(
         p
         for p, r in zip(TABLE["person"].to_pylist(), TABLE["record"].to_pylist(), strict=True)
-        if where[str(r)] == place
+        if where.get(str(r)) == place
     )
 
 
