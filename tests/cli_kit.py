@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -170,6 +172,17 @@ def prepare(folder: Path, table: pa.Table | None = None, **changes: Any) -> Path
     return config
 
 
+def trained(folder: Path, table: pa.Table | None = None, **changes: Any) -> Path:
+    """Prepare a folder and train in it; return the store."""
+    prepare(folder, table, **changes)
+    found = list(sys.path)
+    with contextlib.chdir(folder):
+        code = run(["train", "recipe.yaml", "--executor", "inline"])
+    sys.path[:] = found
+    assert code == 0
+    return folder / "store"
+
+
 def changed(table: pa.Table, **columns: Any) -> pa.Table:
     """The table with other values in some columns."""
     for name, values in columns.items():
@@ -190,6 +203,14 @@ def households(store: Path, *, held_out: bool) -> list[str]:
     """The subjects that are held out, or those that are trained on."""
     names = sorted(set(people()["household"].to_pylist()))
     return [name for name in names if (place_of(store, name)[1] == 0) == held_out]
+
+
+def documented(verb: str) -> set[str]:
+    """Names of the JSON fields that the page lists for a command."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## sisa {verb}\n")[1].split("\n## ")[0]
+    table = section.split("| JSON field | type | meaning |\n")[1].split("\n\n")[0]
+    return {name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
 def content(store: Path) -> dict[str, bytes]:

@@ -70,7 +70,7 @@ SCHEMAS = {
         {"age": [[1.0] * (i % 3) for i in range(COUNT)]},
         "data.features: 'age': a list of variable length is not supported yet",
     ),
-    "timestamps": ({"age": [dt.datetime(2020, 1, 1)] * COUNT}, "data.features: 'age': a time (timestamp[us]) is not supported yet"),
+    "timestamps": ({"age": pa.array([0] * COUNT, pa.timestamp("us"))}, "data.features: 'age': a time (timestamp[us]) is not supported yet"),
     "dates": ({"age": [dt.date(2020, 1, 1)] * COUNT}, "data.features: 'age': a time (date32[day]) is not supported yet"),
     "nested": ({"age": [{"a": 1}] * COUNT}, "data.features: 'age': a nested column is not supported yet"),
     "bytes": ({"age": [b"x"] * COUNT}, "data.features: 'age': a column of type binary is not supported yet"),
