@@ -34,7 +34,7 @@ class Execution:
         seconds = predicted_seconds(
             record_epochs=record_epochs,
             batch_size=recipe.training.batch_size,
-            parameters=_guessed_parameters(recipe),
+            products=_guessed_products(recipe),
         )
         return seconds >= INLINE_BELOW_S
 
@@ -44,12 +44,22 @@ class Execution:
         return max(1, min(self.workers or cores, chains))
 
 
-def _guessed_parameters(recipe: Recipe) -> int:
+def _guessed_products(recipe: Recipe) -> int:
+    """Guess how many numbers are multiplied for one record, forward."""
     inputs = sum(column.size or 8 for column in recipe.data.columns.values())
-    classes = len(recipe.data.classes or [])
+    classes, image = len(recipe.data.classes or []), recipe.data.image
     if recipe.model.name == "logistic":
         return inputs * classes
     if recipe.model.name == "mlp":
-        widths = [inputs, *(recipe.model.hidden or [128]), classes]
-        return sum(a * b for a, b in zip(widths, widths[1:], strict=False))
-    return 100 * inputs + 50_000  # a convolution reuses its weights at every pixel
+        return _dense([inputs, *(recipe.model.hidden or [128]), classes])
+    if recipe.model.name == "cnn" and image is not None:
+        products, pixels, channels = 0, image.height * image.width, image.channels
+        for wider in recipe.model.channels or [16, 32]:
+            products += pixels * 9 * channels * wider
+            pixels, channels = pixels // 4, wider
+        return products + _dense([pixels * channels, *(recipe.model.hidden or [64]), classes])
+    return 1_000 * inputs + 50_000  # somebody's own model: rather too much than too little
+
+
+def _dense(widths: list[int]) -> int:
+    return sum(a * b for a, b in zip(widths, widths[1:], strict=False))

@@ -51,7 +51,7 @@ def expected_fraction(*, shards: int, slices: int, deletions: int) -> float:
     return 2.0 * weights / (slices * (slices + 1))
 
 
-def predicted_seconds(*, record_epochs: int, batch_size: int, parameters: int) -> float:
+def predicted_seconds(*, record_epochs: int, batch_size: int, products: int) -> float:
     """Guess how long a training takes on one core; good enough to choose where it runs."""
     steps = math.ceil(record_epochs / max(batch_size, 1))
-    return steps * SECONDS_PER_STEP + 6.0 * parameters * record_epochs / FLOPS_PER_SECOND
+    return steps * SECONDS_PER_STEP + 6.0 * products * record_epochs / FLOPS_PER_SECOND
