@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,12 @@ def table_writer(path: Path, schema: pa.Schema) -> Iterator[papq.ParquetWriter]:
         with papq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
             yield writer
     except OSError as error:
-        raise UserError(f"{str(path.parent)!r} can't be written to: {error.strerror or 'no reason given'}") from error
+        # The backend's own words would name the scratch file.
+        reason = os.strerror(error.errno) if error.errno else "no reason given"
+        raise UserError(
+            f"the folder {str(path.parent)!r} can't be written to: {reason}",
+            hint="Choose a place that you may write to.",
+        ) from error
 
 
 def _table(rows: Any, recipe: Recipe) -> pa.Table:
