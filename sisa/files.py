@@ -172,7 +172,7 @@ class FileLock:
             except BlockingIOError:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise BusyError(
-                        f"another operation holds {self.path.name} ({self.holder()})",
+                        f"another operation holds the store ({self.holder()}, {self.path.name})",
                         hint="Wait until it ends, then run the command again.",
                     ) from None
             if poll is not None:

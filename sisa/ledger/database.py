@@ -19,6 +19,7 @@ from sisa.errors import BusyError, DamagedError
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60.0
+RESTORE = "Restore the ledger from a copy that was made while no command ran."
 
 SCHEMA = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -60,6 +61,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.exists():
+            raise DamagedError(f"the store's ledger ({path.name}) is missing", hint=RESTORE)
         try:
             self._connection = sqlite3.connect(
                 path.as_uri() + "?mode=rw", uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None
@@ -73,8 +76,8 @@ class Database:
         if version != SCHEMA_VERSION:
             self._connection.close()
             raise DamagedError(
-                f"ledger {path.name}: expected schema version {SCHEMA_VERSION}, found {version}",
-                hint="The store was made by another release, or its ledger was replaced.",
+                f"the store's ledger ({path.name}): expected schema version {SCHEMA_VERSION}, found {version}",
+                hint="Use the release that made the store; or, if its ledger was replaced, restore it from a copy.",
             )
 
     @classmethod
@@ -153,8 +156,10 @@ def now() -> str:
 
 def _translated(error: sqlite3.Error, path: Path) -> BusyError | DamagedError:
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-        return BusyError(f"ledger {path.name} was locked for {BUSY_TIMEOUT_S:.0f} s", hint="Run the command again.")
+        return BusyError(
+            f"the store's ledger ({path.name}) was locked for {BUSY_TIMEOUT_S:.0f} s", hint="Run the command again."
+        )
     return DamagedError(
-        f"ledger {path.name} can't be used: {error}",
-        hint="Restore the store's ledger from a copy made while no command ran.",
+        f"the store's ledger ({path.name}) can't be used: {error}",
+        hint=RESTORE,
     )
