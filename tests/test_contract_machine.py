@@ -1,0 +1,402 @@
+"""The forgetting contract, held against a perfect in-memory model while trainings, deletions and crashes interleave.
+
+The model is a dictionary of surviving rows. What each lineage key saw is computed by an oracle from the rows alone,
+so that a stage's name says whether it may be there. After each step the contract holds; when nothing is pending, the
+store equals one trained from nothing on the survivors, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import crash_kit as kit
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sisa.errors import NoConstituentError, UserError
+from sisa.layout import Layout
+from sisa.ledger import STATES
+from sisa.lineage import membership, stage_key
+from sisa.opening import is_store
+from sisa.records.partition import read_partition
+from sisa.routing.keys import exclusion_digest, shard_keys
+from sisa.store.store import Store
+
+ERASED, PURGED = STATES.index("rows_erased"), STATES.index("stages_purged")
+PROBE = pa.table({"x": np.linspace(-2, 2, 7), "z": np.linspace(1, -1, 7)})
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kind of store an example is about."""
+
+    people: int
+    shards: int
+    slices: int
+    optimizer: str
+
+
+SHAPES = [Shape(8, 2, 2, "sgd"), Shape(10, 2, 3, "adam"), Shape(14, 3, 2, "sgd")]
+
+
+@dataclass
+class World:
+    """A table, its recipe, a trained store to copy, and what training on fewer rows gives."""
+
+    folder: Path
+    shape: Shape
+    recipe: dict[str, Any] = field(init=False)
+    table: pa.Table = field(init=False)
+    known: dict[frozenset[str], dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.table = kit.people(self.shape.people, seed=self.shape.people)
+        momentum = {"momentum": 0.9} if self.shape.optimizer == "sgd" else {}
+        self.recipe = kit.make_recipe(
+            self.folder,
+            self.table,
+            shards=self.shape.shards,
+            slices=self.shape.slices,
+            optimizer={"name": self.shape.optimizer, "lr": 0.1, **momentum},
+        )
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Record -> person, for all rows there ever were."""
+        return dict(zip(self.table["record"].to_pylist(), self.table["person"].to_pylist(), strict=True))
+
+    @cached_property
+    def template(self) -> Path:
+        kit.trained(self.recipe, self.folder / "template").close()
+        return self.folder / "template"
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """(shard, slice) of each record."""
+        store = kit.reopened(self.template)
+        people = kit.places(store, self.table)
+        store.close()
+        return {record: people[person] for record, person in self.owners.items()}
+
+    @cached_property
+    def digests(self) -> dict[str, tuple[bytes, bytes]]:
+        """Keyed digests of each record's id and content."""
+        store = kit.reopened(self.template).opened
+        found: dict[str, tuple[bytes, bytes]] = {}
+        for shard, slice_ in set(self.places.values()):
+            rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
+            records = rows.table["_sisa_record"].to_pylist()
+            for record, one, other in zip(records, rows.id_digests_N16, rows.content_digests_N16, strict=True):
+                found[record] = (one.tobytes(), other.tobytes())
+        self.footing = (store.recipe_digest, *(store.ledger.footing() or ("", "")))
+        store.ledger.close()
+        return found
+
+    def seen_by_keys(self, survivors: frozenset[str]) -> dict[str, frozenset[str]]:
+        """The keys that these rows call for, and the records that each saw."""
+        digests = self.digests
+        recipe_digest, code, _ = self.footing
+        keys: dict[str, frozenset[str]] = {}
+        for shard in range(self.shape.shards):
+            parent, seen = "", frozenset[str]()
+            for stage in range(1, self.shape.slices + 1):
+                there = sorted(r for r in survivors if self.places[r] == (shard, stage))
+                seen |= frozenset(there)
+                columns = [
+                    np.array([list(digests[r][side]) for r in there], np.uint8).reshape(-1, 16) for side in (0, 1)
+                ]
+                parent = stage_key(
+                    recipe_digest=recipe_digest,
+                    code_version=code,
+                    shard=shard,
+                    stage=stage,
+                    parent_key=parent,
+                    membership=membership(*columns),
+                )
+                keys[parent] = seen
+        return keys
+
+    def scratch(self, survivors: frozenset[str]) -> dict[str, Any]:
+        """What a store that was trained on these rows alone is."""
+        if survivors not in self.known:
+            keep = pa.array([record in survivors for record in self.owners], pa.bool_())
+            folder = self.folder / "scratch"
+            recipe = kit.make_recipe(folder, self.table.filter(keep), shards=1, slices=1)
+            recipe = {**self.recipe, "data": {**self.recipe["data"], "source": recipe["data"]["source"]}}
+            store = kit.trained(recipe, folder / "store")
+            self.known[survivors] = {**kit.end_state(store), "answers": answers(store)}
+            store.close()
+            shutil.rmtree(folder)
+        return self.known[survivors]
+
+
+def answers(store: Store) -> bytes:
+    """What the ensemble says about the probe, to the last bit; empty if nobody can answer."""
+    try:
+        return store.predict_proba(PROBE).tobytes()
+    except NoConstituentError:
+        return b""
+
+
+WORLDS: dict[Shape, World] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worlds() -> Iterator[None]:
+    with kit.fast_folder() as folder:
+        for number, shape in enumerate(SHAPES):
+            WORLDS[shape] = World(folder / str(number), shape)
+        yield
+        WORLDS.clear()
+
+
+crashes = st.none() | st.integers(0, 90)
+"""How many durable operations pass before the process dies."""
+
+
+class Contract(RuleBasedStateMachine):
+    """Commands in any order, each of which may die at any durable operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._exit = contextlib.ExitStack()
+        self.root = self._exit.enter_context(kit.fast_folder()) / "store"
+        self.world: World | None = None
+        self.rows: dict[str, str] = {}
+        """The perfect model: record -> person."""
+        self.gone: dict[str, set[str]] = {}
+        """Records that each request took away."""
+        self.seen: dict[str, frozenset[str]] = {}
+        """Records that each lineage key saw."""
+        self.built = False
+        """The first training has ended."""
+        self.swept = True
+        """A training or a repair has ended since something died."""
+        self.reader: Store | None = None
+        """Another process, which has the ensemble loaded."""
+
+    def teardown(self) -> None:
+        if self.reader is not None:
+            self.reader.close()
+        self._exit.close()
+
+    @initialize(shape=st.sampled_from(SHAPES), trained=st.booleans())
+    def begin(self, shape: Shape, trained: bool) -> None:
+        self.world = WORLDS[shape]
+        self.rows = dict(self.world.owners)
+        self._expect()
+        if trained:
+            kit.copy_store(self.world.template, self.root)
+            self.built = True
+
+    # --- the commands ---
+
+    @rule(crash=crashes)
+    def train(self, crash: int | None) -> None:
+        """The first training, and re-ingestion: the source still holds everybody who was deleted."""
+
+        def command() -> None:
+            store = kit.trained(self.world.recipe, self.root)
+            kept = sum(self.world.places[record][1] > 0 for record in self.rows)
+            assert store.training.records == kept
+            store.close()
+
+        self._built(self._run(command, crash))
+
+    @precondition(lambda self: self._ingested())
+    @rule(data=st.data(), kind=st.sampled_from(["subjects", "records"]), defer=st.booleans(), crash=crashes)
+    def delete(self, data: st.DataObject, kind: str, defer: bool, crash: int | None) -> None:
+        """One or several people or records; some may be gone already."""
+        everybody = sorted({*self.world.owners.values()} if kind == "subjects" else self.world.owners)
+        ids = data.draw(st.lists(st.sampled_from(everybody), min_size=1, max_size=3, unique=True), label=kind)
+        here = {record for record, person in self.rows.items() if (person if kind == "subjects" else record) in ids}
+
+        def command() -> None:
+            store = kit.reopened(self.root)
+            try:
+                done = store.delete(**{kind: ids}, defer=defer, ignore_missing=True, executor="inline")
+                assert STATES.index(done.state) >= PURGED
+                assert defer or done.state == "repaired"
+            except UserError:
+                assert not here  # nothing to delete
+            finally:
+                store.close()
+
+        ended = self._run(command, crash)
+        self._accepted(kind, [i for i in ids if self._is_here(kind, i)], here)
+        assert not ended or not here & self.rows.keys()
+
+    @precondition(lambda self: self._ingested())
+    @rule(crash=crashes)
+    def repair(self, crash: int | None) -> None:
+        def command() -> None:
+            store = kit.reopened(self.root)
+            store.repair(executor="inline")
+            store.close()
+
+        self._built(self._run(command, crash))
+
+    @precondition(lambda self: self._ingested())
+    @rule(crash=st.integers(0, 60))
+    def replay(self, crash: int) -> None:
+        """A verification that may die and leave behind what it retrained."""
+
+        def command() -> None:
+            store = kit.reopened(self.root)
+            store.verify(replay="all", executor="inline")
+            store.close()
+
+        self._run(command, crash)
+
+    # --- what always holds ---
+
+    @invariant()
+    def holds(self) -> None:
+        if self.world is None or not is_store(Layout(self.root)):
+            return
+        store = kit.reopened(self.root)
+        try:
+            if store.opened.ledger.ingested:
+                states = {r.id: STATES.index(r.state) for r in store.opened.ledger.requests.all()}
+                assert states.keys() == self.gone.keys()
+                self._serves_clean_stages(store)
+                self._holds_the_right_rows(states)
+                self._holds_no_tainted_bytes(store, states)
+                if self.built and self.swept and all(state >= PURGED for state in states.values()):
+                    assert store.verify().problems == []
+                if self.built and all(state == len(STATES) - 1 for state in states.values()):
+                    self._equals_scratch(store)
+        finally:
+            store.close()
+
+    def _serves_clean_stages(self, store: Store) -> None:
+        ledger = store.opened.ledger
+        version = ledger.versions.live()
+        assert version.number >= ledger.versions.last_quarantine()
+        for member in version.members:
+            if member.stage:
+                assert not self.seen[member.key] & self._deleted()
+        self.reader = self.reader or kit.reopened(self.root)
+        for user in (store, self.reader):  # one has just started, one holds what was live some commands ago
+            said = answers(user)
+            serving = {m.key for m in version.members if m.stage}
+            assert bool(said) == bool(serving)
+            if said:
+                assert {key for key, _ in user.ensemble._loaded} == serving
+        assert answers(store) == answers(self.reader)
+
+    def _holds_the_right_rows(self, states: dict[str, int]) -> None:
+        found = kit.rows_on_disk(self.root)
+        present = [record for records in found.values() for record in records]
+        assert len(present) == len(set(present))
+        waiting = {record for request, records in self.gone.items() if states[request] < ERASED for record in records}
+        assert self.rows.keys() <= set(present) <= self.rows.keys() | waiting
+        if not waiting:
+            assert not list((self.root / "records").rglob("tmp-*"))
+        for name, records in found.items():
+            for record in records:
+                shard, slice_ = self.world.places[record]
+                assert name.startswith(
+                    f"records/shard={shard:04d}/slice={slice_:02d}/"
+                    if slice_
+                    else f"records/holdout/shard={shard:04d}/"
+                )
+
+    def _holds_no_tainted_bytes(self, store: Store, states: dict[str, int]) -> None:
+        """Wherever a stage's files lie (checkpoints, scratch, temporary folders): its key says what it saw."""
+        purged = {record for request, records in self.gone.items() if states[request] >= PURGED for record in records}
+        for path in self.root.rglob("zarr.json"):
+            sealed = json.loads(path.read_bytes() or b"{}").get("attributes", {}).get("sisa")
+            if sealed is not None:
+                assert not self.seen[sealed["manifest"]["key"]] & purged, path
+        for row in store.opened.ledger.stages.all():
+            assert not self.seen[row.key] & (purged if row.tainted else self._deleted())
+
+    def _equals_scratch(self, store: Store) -> None:
+        expected = self.world.scratch(frozenset(self.rows))
+        found = kit.end_state(store)
+        for part in ("constituents", "stages", "rows"):
+            assert found[part] == expected[part], part
+        assert answers(store) == expected["answers"]
+        assert {request[0] for request in found["requests"]} <= {"repaired"}
+
+    # --- how commands run ---
+
+    def _run(self, command: Callable[[], None], crash: int | None) -> bool:
+        """Run a command, or let it die; say whether it ended."""
+        if crash is None:
+            command()
+            return True
+        try:
+            with kit.before_durable_operations(self.root, kit.Countdown(crash)):
+                command()
+        except kit.Crash:
+            self.swept = False
+            return False
+        return True
+
+    def _built(self, ended: bool) -> None:
+        self.built |= ended
+        self.swept |= ended
+
+    def _ingested(self) -> bool:
+        if self.world is None or not is_store(Layout(self.root)):
+            return False
+        store = kit.reopened(self.root)
+        ingested = store.opened.ledger.ingested
+        store.close()
+        return ingested
+
+    def _is_here(self, kind: str, identifier: str) -> bool:
+        return identifier in (self.rows.values() if kind == "subjects" else self.rows)
+
+    def _accepted(self, kind: str, ids: list[str], records: set[str]) -> None:
+        """Find out whether the request was accepted: for all of its ids, or for none."""
+        store = kit.reopened(self.root)
+        requests, key = store.opened.ledger.requests, store.opened.keys.exclusion
+        names = {("subject" if kind == "subjects" else "record", i) for i in ids} | {("record", r) for r in records}
+        excluded = requests.excluded_by((k, exclusion_digest(key, k, i)) for k, i in names)
+        fresh = [request.id for request in requests.all() if request.id not in self.gone]
+        store.close()
+        assert len(fresh) <= 1
+        if ids:
+            assert len(excluded) in {0, len(names)}
+            assert bool(excluded) == bool(fresh)
+        for request in fresh:
+            self.gone[request] = records
+            for record in records:
+                del self.rows[record]
+        self._expect()
+
+    def _expect(self) -> None:
+        """Remember what the keys that may be trained from now on see."""
+        self.seen |= self.world.seen_by_keys(frozenset(self.rows))
+
+    def _deleted(self) -> set[str]:
+        return self.world.owners.keys() - self.rows.keys()
+
+
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+}
+
+
+class TestContract(Contract.TestCase):
+    settings = settings(max_examples=25, stateful_step_count=8, **COMMON)
+
+
+@pytest.mark.slow
+class TestContractAtLength(Contract.TestCase):
+    settings = settings(max_examples=300, stateful_step_count=25, **COMMON)
