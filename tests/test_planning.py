@@ -30,7 +30,7 @@ def test_the_budget_is_the_papers_in_integers(epochs: int, slices: int) -> None:
     assert epoch_budget(epochs=epochs, slices=1) == (epochs,)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(3, 20))
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(4, 20))
 def test_record_epochs_are_the_sum_over_stages_epochs_and_slices(slices: list[int], epochs: int) -> None:
     budget = epoch_budget(epochs=epochs, slices=len(slices))
     for first in range(1, len(slices) + 1):
