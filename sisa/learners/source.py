@@ -28,6 +28,8 @@ from sisa.errors import UserError
 from sisa.lineage import SEMANTICS
 from sisa.recipe import Recipe
 
+ABSENT = "absent"
+"""Stands for a package that isn't installed."""
 ELSEWHERE = frozenset({"torch", "numpy", "sisa"})
 """Covered by the platform's fingerprint, or by the number of our training semantics."""
 
@@ -63,7 +65,7 @@ def model_source_digest(recipe: Recipe) -> str:
             continue
         sources[module], imported = _read(module)
         waiting += imported
-    if not sources.get(name):
+    if sources.get(name, "") in {"", ABSENT}:
         raise UserError(
             f"model.factory: the source of {name!r} can't be found",
             hint="Run where the package can be imported: install it, or set PYTHONPATH to its folder.",
@@ -77,7 +79,7 @@ def _read(module: str) -> tuple[str, list[str]]:
     spec = _find(module)
     if spec is None:
         # A name inside a module rather than a module, or an optional package that isn't installed: the latter counts.
-        return ("absent" if "." not in module else ""), []
+        return (ABSENT if "." not in module else ""), []
     if spec.origin is None or spec.origin in {"built-in", "frozen"}:
         return "", []
     path = Path(spec.origin)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sisa import opening
 from sisa.deletion.accept import accept
 from sisa.deletion.settle import settle
-from sisa.errors import FootingError, StoreError, UserError
+from sisa.errors import StoreError, UserError
 from sisa.layout import Layout
 from sisa.progress import Reporter, Silent
 from sisa.store.results import Deletion, Metrics, Repaired, Training
@@ -163,7 +163,7 @@ class Store:
 
         try:
             require_same(self.opened, footing_here(self.opened.recipe))
-        except FootingError as error:
+        except UserError as error:  # a model's source that is gone or broken is another source too
             reporter.note(f"erased; not retrained: {error.message}")
             return f"{error.message}. {error.hint}"
         self._bring_up(None, execution, reporter, heal=False)
