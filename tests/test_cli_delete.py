@@ -236,6 +236,7 @@ def test_only_unknown_ids_are_a_mistake_even_if_skipped(cli):
         (["--subject", "h001", "--reason", "r", "stray"], "Got unexpected extra argument (stray)"),
         (["--subject", "--defer"], "--subject: expected an id, got the option --defer (if that is an id, write --subject=--defer)"),
         (["h001"], "Got unexpected extra argument (h001)"),
+        (["--subject", "h001", "--reason", "\udcff"], "Invalid value for '--reason': not valid Unicode text"),
     ],
 )  # fmt: skip
 def test_a_request_that_names_nobody(cli, words, message):

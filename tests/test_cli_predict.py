@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as papq
 import pytest
-from cli_kit import CLASSES, Cli, assert_fields, changed, documented, households, people, trained
+from cli_kit import CLASSES, Cli, assert_fields, changed, documented, households, one_object, people, process, trained
 
 import sisa
 
@@ -173,3 +174,12 @@ def test_paths_that_lead_nowhere(cli, words, message):
     (cli.folder / "zero.parquet").touch()
     (cli.folder / "half.parquet").write_bytes((cli.folder / "input.parquet").read_bytes()[:300])
     assert message in refused(cli, *words).message
+
+
+@pytest.mark.parametrize("name", ["\u00fc\U0001f642.parquet", os.fsdecode(b"\xff.parquet")])
+def test_json_is_ascii_whatever_a_path_is_made_of(cli, name):
+    done = process("predict", "--store", "people", "input.parquet", "--output", name, "--json", folder=cli.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert one_object(done.stdout)["output"] == name
+    assert (cli.folder / name).exists()

@@ -131,6 +131,7 @@ def test_status_of_one_request_and_of_one_that_is_not_there(cli):
     failure = cli.refused("status", "--store", "store", "del-0")
     assert failure.message == "request 'del-0': the store has no such request"
     assert "sisa status" in failure.hint
+    assert "not valid Unicode text" in cli.refused("status", "--store", "store", "\udcff").message
 
 
 def test_status_in_words(cli):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sisa.cli.options import execution_options, json_option, print_json, store_option
+from sisa.cli.options import execution_options, json_option, print_json, store_option, valid_text
 from sisa.cli.reporting import reporter
 from sisa.cli.wording import deletion_lines
 from sisa.errors import UserError
@@ -23,7 +23,13 @@ from sisa.errors import UserError
     metavar="FILE",
     help="People from a text file, one id per line; or Parquet/CSV with the column of the people's ids, else the rows'.",
 )
-@click.option("--reason", default="", metavar="TEXT", help="Kept with the request; no personal data, please.")
+@click.option(
+    "--reason",
+    default="",
+    metavar="TEXT",
+    callback=valid_text,
+    help="Kept with the request; no personal data, please.",
+)
 @click.option("--defer", is_flag=True, help="Erase now, retrain later with `sisa repair`.")
 @click.option("--ignore-missing", is_flag=True, help="Skip ids that the store doesn't know.")
 @execution_options

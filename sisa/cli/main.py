@@ -7,7 +7,6 @@ Nothing heavier than click is imported before a verb runs.
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import click
 
 from sisa import __version__
 from sisa.cli.delete import delete
-from sisa.cli.options import spread_ids
+from sisa.cli.options import print_json, spread_ids
 from sisa.cli.predict import predict
 from sisa.cli.repair import repair
 from sisa.cli.status import status
@@ -108,7 +107,7 @@ def _misused(error: click.ClickException, words: list[str], *, as_json: bool) ->
 
 def _failed(message: str, hint: str, code: int, *, as_json: bool) -> int:
     if as_json:
-        click.echo(json.dumps({"error": {"message": message, "hint": hint}}, ensure_ascii=False))
+        print_json({"error": {"message": message, "hint": hint}})
     else:
         click.echo(f"error: {message}", err=True)
         if hint:

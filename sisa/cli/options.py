@@ -80,5 +80,16 @@ def spread_ids(words: list[str], *, options: frozenset[str] = frozenset()) -> li
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """Print an answer as one JSON object."""
-    click.echo(json.dumps(answer, ensure_ascii=False, default=str))
+    """Print an answer as one JSON object: in ASCII, which every reader takes, whatever a path is made of."""
+    click.echo(json.dumps(answer, default=str))
+
+
+def valid_text(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check a word that is stored or looked up (a click callback): bytes that aren't UTF-8 can't be.
+
+    Raises:
+        click.BadParameter: It is no Unicode text.
+    """
+    if value is not None and any("\ud800" <= character <= "\udfff" for character in value):
+        raise click.BadParameter("not valid Unicode text", param=param)
+    return value

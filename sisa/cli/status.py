@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sisa.cli.options import json_option, print_json, store_option
+from sisa.cli.options import json_option, print_json, store_option, valid_text
 from sisa.cli.wording import counted
 
 FILE_WIDTH = 120
@@ -15,7 +15,7 @@ FILE_WIDTH = 120
 
 @click.command()
 @store_option
-@click.argument("request", required=False)
+@click.argument("request", required=False, callback=valid_text)
 @json_option
 def status(store: str, request: str | None, as_json: bool) -> None:
     r"""Show what is live, and the deletion requests.
