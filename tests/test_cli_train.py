@@ -26,6 +26,8 @@ from cli_kit import (
     process,
 )
 
+from sisa.cli.reporting import Bar, Lines
+
 TRAINING = {
     "store": str, "version": int, "records": int, "subjects": int, "holdout_records": int, "shards": int,
     "slices": int, "stages_trained": int, "stages_reused": int, "seconds": float, "metrics": (dict, NoneType),
@@ -281,3 +283,26 @@ def test_rows_of_deleted_people_are_neither_new_nor_brought_back(cli):
     records = cli.json("status", "--store", "store")["records"]
     answer = cli.json("train", "recipe.yaml")
     assert (answer["stages_trained"], answer["records"]) == (0, records)
+
+
+def test_a_bar_for_a_terminal_leaves_stdout_alone(cli, monkeypatch):
+    monkeypatch.setattr("sisa.cli.train.reporter", Bar)
+    papq.write_table(people().slice(3), cli.folder / "people.parquet")
+    assert cli.json("train", "recipe.yaml", "--store", "new")["stages_trained"] == 6
+    said = cli("train", "recipe.yaml", "--json")
+    assert one_object(said.out)["missing_from_source"] == 3
+    assert "3 records of the store are missing" in said.err
+
+
+def test_long_work_is_told_line_by_line_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    lines = Lines()
+    lines.begin("training", 200)
+    for _ in range(4):
+        lines.advance(50)
+    lines.end()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0] == "training: 25 %"
+    assert re.fullmatch(r"training: done in \d+\.0 s", err.splitlines()[-1])

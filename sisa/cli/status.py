@@ -82,7 +82,7 @@ def _print_store(answer: dict[str, Any]) -> None:
         requests.add_column(heading)
     for r in answer["requests"]:
         requests.add_row(
-            r["request"], r["state"], r["created_at"][:16].replace("T", " "), str(r["subjects"]), str(r["records"]),
+            r["request"], r["state"], r["created_at"][:10], str(r["subjects"]), str(r["records"]),
             ", ".join(map(str, r["shards"])) or "-", f"version {r['version_after']}" if r["version_after"] else "-",
         )  # fmt: skip
     console.print(requests)
