@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_in_words(cli, monkeypatch):
     assert failure.message == "the file system refused: No space left on device (store/records)"
 
 
-def test_ctrl_c_stops_a_training_that_can_be_run_on(tmp_path):
+def test_ctrl_c_stops_a_training_and_leaves_a_store_that_says_so(tmp_path):
     prepare(tmp_path, training={"epochs": 4000, "batch_size": 1})
     words = ["train", "recipe.yaml", "--executor", "inline", "--json"]
     running = subprocess.Popen(
