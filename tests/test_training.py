@@ -156,6 +156,16 @@ def test_the_same_bits_in_another_process_whatever_was_set_there():
     assert done.stdout.strip() == weights_digest(here)
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_small_numbers_are_flushed_afterwards_as_they_were_before(flushed):
+    torch.set_flush_denormal(flushed)
+    try:
+        stage(recipe(), numbers([9]))
+        assert (sys.float_info.min / 4 == 0.0) == flushed
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_random_numbers_of_a_users_model_are_seeded_and_the_callers_are_left_alone():
     ours = recipe(model={"factory": "training_models:random_all_over"})
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
