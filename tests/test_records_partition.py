@@ -28,6 +28,7 @@ from sisa.records.partition import (
     rewrite_partition,
     stray_files,
 )
+from sisa.records.seal import seal
 from sisa.routing import exclusion_digest, shard_keys
 
 Store = tuple[Layout, Recipe, dict[tuple[int, int], str]]
@@ -115,6 +116,7 @@ def test_a_truncated_file_is_damage(store: Store, length: int) -> None:
 def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """Write another table in the file's place, its checksums in order: what checksums can't see."""
     papq.write_table(change(papq.read_table(path, partitioning=None)), path, write_page_checksum=True)
+    seal(path)
 
 
 def replaced(table: pa.Table, name: str, array: pa.Array) -> pa.Table:

@@ -6,6 +6,7 @@ Invariants:
   leave it in one durable rename, and only the old or the new membership can ever be read.
 * Pages carry checksums that are verified; every row carries the keyed digest of its content, which is
   recomputed. A damaged row is an error with a name, never trained on as if it were a correction.
+* The whole file carries a seal (:mod:`sisa.records.seal`), which is verified when all of its rows are read.
 * No statistics are written: a file says nothing about its rows outside checked pages.
 * Rows come back in canonical order, however they lie in the file.
 
@@ -32,6 +33,7 @@ from sisa.lineage import canonical_order, membership
 from sisa.recipe import Recipe
 from sisa.records.digest import DIGEST_BYTES, Digests, content_digests, id_digests
 from sisa.records.names import CONTENT, LABEL, RECORD, SUBJECT
+from sisa.records.seal import check_seal, seal
 from sisa.routing.keys import ShardKeys
 
 FILE = "part-00000.parquet"
@@ -167,7 +169,7 @@ def with_contents(table: pa.Table, contents_N16: Digests) -> pa.Table:
 
 
 def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables of one schema, each as row groups of a file. Not durable by itself."""
+    """Write tables of one schema, each as row groups of a sealed file. Not durable by itself."""
     writer: papq.ParquetWriter | None = None
     try:
         for table in tables:
@@ -186,6 +188,8 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
     finally:
         if writer is not None:
             writer.close()
+    if writer is not None:
+        seal(path)
 
 
 def stray_files(layout: Layout, shards: int, slices: int) -> list[Path]:
@@ -205,13 +209,15 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _read(path: Path, columns: list[str] | None = None) -> pa.Table | None:
     """Read a partition's file with its checksums verified; None if its folder holds no rows."""
     try:
+        if columns is None:  # who reads two columns of all slices can't wait for the rest of their bytes
+            check_seal(path)
         with papq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             table = file.read(columns=columns, use_threads=False)
         table.validate(full=True)
     except FileNotFoundError:  # also if its last rows were erased this very moment
         return None
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise _damaged(path, "it is unreadable, or a page doesn't fit its checksum") from error
+        raise _damaged(path, "it is unreadable, or its bytes don't fit its checksums") from error
     return table
 
 
