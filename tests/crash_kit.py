@@ -9,10 +9,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
@@ -216,6 +217,8 @@ class Countdown:
 class Child:
     """A process that runs a function of this module's users; it may be killed at any operation."""
 
+    _alive: ClassVar[list[Child]] = []
+
     def __init__(
         self, function: Callable[..., Any], *arguments: Any, root: Path | None = None, stop_at: int | str = -1
     ):
@@ -223,6 +226,13 @@ class Child:
         self.process = PROCESSES.Process(target=_child, args=(theirs, root, stop_at, function, arguments), daemon=True)
         self.process.start()
         theirs.close()
+        self._alive.append(self)
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """End those that a failed test has left behind, stopped ones too."""
+        while cls._alive:
+            cls._alive.pop().kill()
 
     def hear(self) -> tuple[str, Any]:
         """Wait for what it says next: ("stopped", where), ("told", anything), ("done", result) or ("failed", why)."""
@@ -242,6 +252,13 @@ class Child:
     def tell(self, word: Any) -> None:
         """Say something to a function that listens to ``to_parent``."""
         self._ours.send(word)
+
+    def go_on(self) -> None:
+        """Let it go on after it said that it stops itself."""
+        status = Path(f"/proc/{self.process.pid}/stat")
+        while status.read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)  # it has said so and is about to
+        os.kill(self.process.pid, signal.SIGCONT)
 
     def result(self) -> Any:
         """Wait for its end and return what the function returned."""

@@ -40,6 +40,12 @@ def world() -> Iterator[World]:
         yield World(folder, recipe, folder / "template", people)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_left() -> Iterator[None]:
+    yield
+    kit.Child.kill_all()
+
+
 def sampled(names: Sequence[str], *, most: int) -> list[int]:
     """The first operation of each kind, and others between, evenly spread."""
     first = {name: number for number, name in reversed(list(enumerate(names)))}
