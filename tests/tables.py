@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-JOBS = ("baker", "cook", "smith", "weaver", None)
+JOBS = ("baker", "caf\u00e9 owner", "smith", "weaver", None)
 CLASSES = ["low", "mid", "high"]
 
 
@@ -25,7 +25,7 @@ def mixed(people: int = 24, *, seed: int = 1) -> pa.Table:
         {
             "record": pa.array(rng.permutation(900)[:count] + 100, pa.int64()),
             "person": pa.array([f"p\u00e9rson-{owner:03d}" for owner in owners]),
-            "age": pa.array(rng.integers(17, 80, count).astype(np.float64), mask=absent[0]),
+            "age": pa.array(rng.normal(40, 12, count), mask=absent[0]),
             "hours": pa.array(rng.integers(1, 60, count), pa.int64(), mask=absent[1]),
             "job": pa.array([JOBS[i] for i in rng.integers(0, len(JOBS), count)], pa.string()),
             "grade": pa.array(rng.integers(0, 3, count), pa.int64()),
