@@ -399,4 +399,4 @@ class TestContract(Contract.TestCase):
 
 @pytest.mark.slow
 class TestContractAtLength(Contract.TestCase):
-    settings = settings(max_examples=300, stateful_step_count=25, **COMMON)
+    settings = settings(max_examples=80, stateful_step_count=20, **COMMON)

@@ -15,10 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sisa.errors import BusyError, DamagedError
+from sisa.errors import BusyError, DamagedError, StoreError
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 60.0
+UNWRITABLE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_READONLY})
+"""SQLite's codes for a disk or a permission that stands in the way: the ledger itself is whole."""
 RESTORE = "Restore the ledger from a copy that was made while no command ran."
 
 SCHEMA = """
@@ -83,13 +85,13 @@ class Database:
     @classmethod
     def create(cls, path: Path) -> Database:
         """Make an empty ledger at ``path``, whole or not at all."""
-        connection = sqlite3.connect(path, isolation_level=None)
         try:
-            connection.execute("PRAGMA journal_mode=TRUNCATE")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-        finally:
-            connection.close()
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+                connection.execute("PRAGMA journal_mode=TRUNCATE")
+                connection.execute("PRAGMA synchronous=FULL")
+                connection.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        except sqlite3.Error as error:
+            raise _translated(error, path) from error
         return cls(path)
 
     def close(self) -> None:
@@ -127,7 +129,8 @@ class Database:
             self.rows("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # what went wrong first is what has to be told
+                    self._connection.execute("ROLLBACK")
             raise
 
     @contextlib.contextmanager
@@ -154,10 +157,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _translated(error: sqlite3.Error, path: Path) -> BusyError | DamagedError:
+def _translated(error: sqlite3.Error, path: Path) -> StoreError:
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return BusyError(
             f"the store's ledger ({path.name}) was locked for {BUSY_TIMEOUT_S:.0f} s", hint="Run the command again."
+        )
+    if getattr(error, "sqlite_errorcode", None) in UNWRITABLE:
+        return StoreError(
+            f"the store's ledger ({path.name}) can't be written: {error}; nothing was changed",
+            hint="Make room or give permission, then run the command again.",
         )
     return DamagedError(
         f"the store's ledger ({path.name}) can't be used: {error}",

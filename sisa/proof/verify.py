@@ -99,11 +99,13 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
 
 
 def _guarded(check: Callable[[], list[str]]) -> list[str]:
-    """Run a check; an error of ours is what it found."""
+    """Run a check; an error of ours, or a file that can't be read (any more), is what it found."""
     try:
         return check()
     except SisaError as error:
         return [error.message]
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror}"]
 
 
 def _check_ledger(store: OpenStore) -> list[str]:
@@ -119,6 +121,13 @@ def _check_files(store: OpenStore) -> list[str]:
     strays += list(layout.scratch.iterdir()) if layout.scratch.exists() else []
     strays += store.checkpoints.strays()
     problems = [f"{_short(store, path)}: nobody answers for this file" for path in sorted(strays)]
+    marks = [path for folder in layout.locks.glob("stop-*") for path in folder.iterdir()]
+    wanted = {request.id for request in store.ledger.requests.open()}
+    problems += [
+        f"{_short(store, path)}: stops training for a deletion that has ended; `sisa repair` removes it"
+        for path in sorted(marks)
+        if path.name not in wanted
+    ]
     for path in (layout.routing_key, layout.exclusion_key):
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:

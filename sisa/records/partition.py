@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as papq
 from numpy.typing import NDArray
 
-from sisa.errors import DamagedError
+from sisa.errors import DamagedError, StoreError
 from sisa.files import fsync_path, make_folder, remove, replacing
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.lineage import canonical_order, membership
@@ -144,6 +144,7 @@ def rewrite_partition(layout: Layout, shard: int, slice_: int, keep_N: NDArray[n
 
     Raises:
         ValueError: ``keep_N`` isn't as long as ``rows``.
+        StoreError: The file can't be written (a full disk, no permission); the old one is still there.
     """
     if keep_N.shape != (rows.table.num_rows,):
         raise ValueError(f"{rows.table.num_rows} rows, but {keep_N.shape} decisions")
@@ -155,9 +156,15 @@ def rewrite_partition(layout: Layout, shard: int, slice_: int, keep_N: NDArray[n
             fsync_path(path.parent.parent)
         return
     kept = with_contents(rows.table.filter(pa.array(keep_N)), rows.content_digests_N16[keep_N])
-    make_folder(path.parent)
-    with replacing(path) as scratch:
-        write_rows(scratch, [kept])
+    try:
+        make_folder(path.parent)
+        with replacing(path) as scratch:
+            write_rows(scratch, [kept])
+    except OSError as error:
+        raise StoreError(
+            f"partition {_name(path)!r} can't be rewritten: {error.strerror or error}",
+            hint="Make room or give permission, then run `sisa repair`: until then the old rows are still there.",
+        ) from error
 
 
 def with_contents(table: pa.Table, contents_N16: Digests) -> pa.Table:
@@ -262,8 +269,12 @@ def _no_rows(recipe: Recipe) -> pa.Table:
     return pa.table({name: pa.array([], type_) for name, type_ in chosen.items()})
 
 
+def _name(path: Path) -> str:
+    return str(Path(*path.parts[-3:]))
+
+
 def _damaged(path: Path, reason: str) -> DamagedError:
     return DamagedError(
-        f"partition {str(Path(*path.parts[-3:]))!r} is damaged: {reason}",
+        f"partition {_name(path)!r} is damaged: {reason}",
         hint="Rows can't be retrained: restore the file from a copy, then run `sisa repair`.",
     )
