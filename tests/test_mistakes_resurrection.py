@@ -1,4 +1,4 @@
-"""Deleted people who come back, and survivors who move because others went."""
+"""Deleted people who come back."""
 
 from __future__ import annotations
 
@@ -50,9 +50,6 @@ def one_of(store, place):
         for p, r in zip(TABLE["person"].to_pylist(), TABLE["record"].to_pylist(), strict=True)
         if where.get(str(r)) == place
     )
-
-
-# --- 2 ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("same", ["slice", "shard", "store"])
@@ -214,51 +211,6 @@ def test_2_new_and_changed_rows_of_others_are_refused_with_their_counts(store, t
     assert digests(store) == before
 
 
-# --- 5 ---------------------------------------------------------------------------------------------
-
-
-def test_5_survivors_change_shard_or_slice_because_positions_shift(store, tmp_path):
-    before = places(store)
-    victims = PEOPLE[::3]
-    store.delete(subjects=victims, executor="inline")
-    after = places(store)
-    assert after == {record: at for record, at in before.items() if record in after}
-    fresh = scratch(store, tmp_path, RECIPE, tables.without(TABLE, people=victims))
-    assert places(fresh) == after
-
-
-def test_5_a_record_lies_where_its_key_puts_it_whoever_else_there_is(trained, tmp_path):
-    """Each person alone in a store of their own lies in the same shard and slice as among all."""
-    where = places(trained)
-    recipe = tables.mixed_recipe(training={"epochs": 2})
-    for person in PEOPLE[:4]:
-        others = [other for other in PEOPLE if other != person]
-        alone = train(tmp_path, recipe, tables.without(TABLE, people=others), name=person)
-        assert places(alone).items() <= where.items()
-
-
-def test_5_a_holdout_is_chosen_by_subject_and_stays(tmp_path):
-    recipe = tables.mixed_recipe(data={"holdout": {"fraction": 0.3}})
-    store = train(tmp_path, recipe, TABLE)
-    before = places(store)
-    owners = dict(zip(map(str, TABLE["record"].to_pylist()), TABLE["person"].to_pylist(), strict=True))
-    held_out = {owners[record] for record, (_, slice_) in before.items() if slice_ == 0}
-    others = {owners[record] for record, (_, slice_) in before.items() if slice_ != 0}
-    assert held_out
-    assert not held_out & others
-    version = store.version
-    done = store.delete(subjects=[min(held_out)], executor="inline")
-    assert (done.shards, done.stages_retrained, done.version_after) == ([], 0, version)
-    assert done.version_quarantine is None
-    store.delete(subjects=[min(others)], executor="inline")
-    gone_people = [min(held_out), min(others)]
-    fresh = scratch(store, tmp_path, recipe, tables.without(TABLE, people=gone_people))
-    assert fresh.training.holdout_records == sum(slice_ == 0 for _, slice_ in places(store).values())
-    assert gone(store, *gone_people)
-    assert again(store, tmp_path, recipe, tmp_path / "store.parquet").training.stages_trained == 0
-    assert gone(store, *gone_people)
-
-
 def test_2_a_key_file_that_is_another_is_refused(store, tmp_path, source):
     asked = at(tmp_path, RECIPE, source)
     (tmp_path / "other.key").write_text("ef" * 32)
@@ -281,3 +233,14 @@ def test_2_an_ingest_that_was_killed_checks_its_source_again(tmp_path, monkeypat
     store = train(tmp_path, RECIPE, TABLE)
     assert store.training.records == TABLE.num_rows
     scratch(store, tmp_path, RECIPE, TABLE)
+
+
+def test_2_a_replay_while_a_repair_is_due_finds_nothing_wrong(store, tmp_path):
+    victim = one_of(store, (0, 2))
+    store.delete(subjects=[victim], defer=True)
+    found = store.verify(replay="all", executor="inline")
+    assert (found.ok, found.problems, found.stages_replayed) == (True, [], 6)
+    assert len(found.open_requests) == 1
+    assert [member[:2] for member in served(store)] == [(0, 1), (1, 3)]
+    store.repair(executor="inline")
+    scratch(store, tmp_path, RECIPE, tables.without(TABLE, people=[victim]))
