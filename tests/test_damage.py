@@ -314,24 +314,35 @@ def test_a_restored_stage_of_the_time_before_is_told_never_used_and_swept(world:
     assert kit.reopened(root).predict_proba(PROBE).tobytes() == before
 
 
-def test_restored_rows_of_the_time_before_are_told_and_never_trained_on(world: World, folder: Path) -> None:
+def test_restored_rows_of_the_time_before_are_told_never_trained_on_and_erased_again(
+    world: World, folder: Path
+) -> None:
     person = world.people[1, 1][0]
     root = world.copy(folder / "store")
     delete(root, person)
     clean = kit.end_state(kit.reopened(root))
-    name = "records/shard=0001/slice=01/part-00000.parquet"
-    erased = (root / name).read_bytes()
-    shutil.copy(world.template / name, root / name)
+    for slice_ in ("slice=01", "slice=02"):
+        name = f"records/shard=0001/{slice_}/part-00000.parquet"
+        shutil.copy(world.template / name, root / name)
     assert any("rows of deleted people" in problem for problem in problems(root))
     with pytest.raises(DamagedError):
         kit.trained(world.recipe, root)
-    # even if every stage has to be trained again
-    shutil.rmtree(next((root / "checkpoints" / "shard-0001").glob("stage-01-*")))
-    with pytest.raises(DamagedError):
-        repair(root)
-    (root / name).write_bytes(erased)
+    shutil.rmtree(next((root / "checkpoints" / "shard-0001").glob("stage-01-*")))  # even if it has to train from them
     repair(root)
     assert kit.end_state(kit.reopened(root)) == clean
+    assert problems(root, replay="all") == []
+
+
+def test_rows_that_nobody_deleted_and_nobody_ingested_stay_damage(world: World, folder: Path) -> None:
+    root = world.copy(folder / "store")
+    name = "records/shard=0001/{}/part-00000.parquet"
+    shutil.copy(root / name.format("slice=02"), root / name.format("slice=01"))
+    shutil.rmtree(next((root / "checkpoints" / "shard-0001").glob("stage-01-*")))
+    with pytest.raises(DamagedError, match="are not those that the ledger expects"):
+        repair(root)
+    shutil.copy(world.template / name.format("slice=01"), root / name.format("slice=01"))
+    repair(root)
+    assert kit.end_state(kit.reopened(root)) == kit.end_state(kit.reopened(world.template))
 
 
 # --- the ledger -------------------------------------------------------------------------------------

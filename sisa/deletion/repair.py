@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sisa.deletion.settle import purge_shard, remove_replays, settle_all
+from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, settle_all
 from sisa.errors import SisaError
 from sisa.execution.build import Plan, build
 from sisa.execution.options import Execution
@@ -55,10 +55,12 @@ def bring_up(
         execution: Where chains run.
         reporter: Who wants to know.
         cause: What the version is published for.
-        heal: Retrain damaged and missing stages.
+        heal: Retrain damaged and missing stages, and erase again what a restored file brought back.
         read_reused: Verify every byte of stages that are reused.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
+    if heal:
+        erase_restored(store)
     code, platform = footing.code, footing.platform
     if store.ledger.footing() is None:
         store.ledger.stand_on(code=code, platform=platform, fingerprint=footing.fingerprint)

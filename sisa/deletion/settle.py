@@ -8,7 +8,11 @@ purge; a trainer gives the latter up when it sees the mark.
 
 from __future__ import annotations
 
+import contextlib
+
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
 from sisa.errors import DamagedError
@@ -20,7 +24,7 @@ from sisa.opening import OpenStore
 from sisa.progress import Reporter
 from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import read_partition, rewrite_partition
+from sisa.records.partition import PartitionRows, read_partition, rewrite_partition
 from sisa.routing.keys import shard_keys
 
 PURGED = STATES.index("stages_purged")
@@ -77,18 +81,40 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
         # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
         # after the next preparation would leave rows on disk that the ledger expects no more.
         store.ledger.partitions.adopt_prepared(shard, slice_)
-    exclusions = store.ledger.requests.exclusions().keys()
-    keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion)
+    keep_N, left = _survivors(store, rows)
     store.ledger.partitions.prepare_erasure(
         shard,
         slice_,
         records=int(keep_N.sum()),
         subjects=len(rows.table[SUBJECT].filter(pa.array(keep_N)).unique()),
-        membership=membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N]),
+        membership=left,
     )
     if not keep_N.all():
         rewrite_partition(store.layout, shard, slice_, keep_N, rows)
     store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
+
+
+def erase_restored(store: OpenStore) -> None:
+    """Erase deleted people's rows that came back with an older file, where that leaves what the ledger expects.
+
+    Any other difference stays: whoever reads the rows next reports it as damage.
+    """
+    for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
+        with FileLock(store.layout.rows_lock(shard)).held():
+            expected = store.ledger.partitions.get(shard, slice_)
+            with contextlib.suppress(DamagedError):
+                rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
+                if not expected.dirty and rows.membership != expected.membership:
+                    keep_N, left = _survivors(store, rows)
+                    if left == expected.membership:
+                        rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+
+
+def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_], str]:
+    """Tell which of N rows nobody asked to delete, and the membership of those."""
+    exclusions = store.ledger.requests.exclusions().keys()
+    keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion)
+    return keep_N, membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N])
 
 
 def remove_replays(store: OpenStore) -> None:
