@@ -198,17 +198,21 @@ def _caller() -> str:
 
 
 class Countdown:
-    """A hook that lets ``before`` operations pass, then dies for good: what cleans up afterwards doesn't any more."""
+    """A hook that lets some operations pass, then dies for good: what cleans up afterwards doesn't any more.
 
-    def __init__(self, before: int) -> None:
-        self.left = before
-        self.where = ""
+    It dies after a number of operations, or at the first one of a name.
+    """
+
+    def __init__(self, stop_at: int | str) -> None:
+        self._stop_at = stop_at
+        self._passed = 0
+        self._dead = False
 
     def __call__(self, name: str) -> None:
-        if self.left <= 0:
-            self.where = self.where or name
+        self._dead |= self._stop_at in {self._passed, name}
+        if self._dead:
             raise Crash(name)
-        self.left -= 1
+        self._passed += 1
 
 
 # --- real processes ---------------------------------------------------------------------------------

@@ -82,6 +82,18 @@ class World:
         return self.folder / "template"
 
     @cached_property
+    def steps(self) -> list[str]:
+        """Names of the durable operations of a training and of a deletion."""
+        names: list[str] = []
+        root = self.folder / "counted"
+        with kit.before_durable_operations(root, names.append):
+            store = kit.trained(self.recipe, root)
+            for person in sorted({*self.owners.values()})[:4]:
+                store.delete(subjects=[person], executor="inline")
+            store.close()
+        return sorted(set(names))
+
+    @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
         """(shard, slice) of each record."""
         store = kit.reopened(self.template)
@@ -161,8 +173,9 @@ def _worlds() -> Iterator[None]:
         WORLDS.clear()
 
 
-crashes = st.none() | st.integers(0, 90)
-"""How many durable operations pass before the process dies."""
+COUNTED = 80
+crashes = st.none() | st.integers(0, 2 * COUNTED)
+"""How many durable operations pass before the process dies; above ``COUNTED``, at the first of which kind it does."""
 
 
 class Contract(RuleBasedStateMachine):
@@ -338,8 +351,10 @@ class Contract(RuleBasedStateMachine):
         if crash is None:
             command()
             return True
+        steps = self.world.steps
+        stop_at = crash if crash < COUNTED else steps[crash % len(steps)]
         try:
-            with kit.before_durable_operations(self.root, kit.Countdown(crash)):
+            with kit.before_durable_operations(self.root, kit.Countdown(stop_at)):
                 command()
         except kit.Crash:
             self.swept = False
@@ -394,7 +409,7 @@ COMMON = {
 
 
 class TestContract(Contract.TestCase):
-    settings = settings(max_examples=25, stateful_step_count=8, **COMMON)
+    settings = settings(max_examples=40, stateful_step_count=8, **COMMON)
 
 
 @pytest.mark.slow

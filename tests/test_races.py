@@ -183,7 +183,7 @@ def check_same_subject(world: World, *, most: int) -> None:
 
 
 def test_the_same_subject_from_two_processes_is_one_request(world: World) -> None:
-    check_same_subject(world, most=9)
+    check_same_subject(world, most=7)
 
 
 @pytest.mark.slow
@@ -361,6 +361,35 @@ def test_a_training_while_another_runs_is_refused(world: World) -> None:
     trainer.tell("go on")
     assert trainer.result() == 4
     assert kit.trained(world.recipe, root).training.stages_trained == 0
+
+
+def check_two_first_trainings(world: World, *, most: int) -> None:
+    """Both make the store; neither knows the other's key."""
+    recipe = {**world.recipe, "routing": {"key_file": None}}
+    root = world.folder / f"counted-{uuid.uuid4()}"
+    count = len(kit.operations(train, recipe, root, root=root))
+    for number in range(0, count, max(1, count // most)):
+        root = world.folder / f"both-{most}-{number}"
+        interleaved(
+            lambda at, root=root: kit.Child(try_training, recipe, root, root=root, stop_at=at),
+            lambda root=root: kit.Child(try_training, recipe, root),
+            at=number,
+        )
+        kit.trained(recipe, root).close()  # each may have found the other at work
+        store = kit.reopened(root)
+        assert store.verify(replay="all", executor="inline").problems == []
+        present = [record for records in kit.rows_on_disk(root).values() for record in records]
+        assert sorted(present) == TABLE["record"].to_pylist()
+        store.close()
+
+
+def test_two_first_trainings_at_once(world: World) -> None:
+    check_two_first_trainings(world, most=5)
+
+
+@pytest.mark.slow
+def test_two_first_trainings_at_every_point(world: World) -> None:
+    check_two_first_trainings(world, most=1000)
 
 
 # --- predictions ------------------------------------------------------------------------------------
