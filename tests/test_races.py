@@ -276,6 +276,34 @@ def test_a_deletion_during_a_repair_of_its_shard(world: World) -> None:
     check_end(world, root, [one, two])
 
 
+def test_who_goes_on_deleting_keeps_no_repair_from_service(world: World) -> None:
+    """During each round of a repair somebody else asks to be deleted: what is repaired goes live all the same."""
+    root = world.copy("no-end")
+    other = kit.reopened(root)
+    leavers = [world.people[0, 1][0], world.people[1, 1][0], world.people[0, 2][0], world.people[1, 2][0]]
+    seen: list[tuple[list[str], int]] = []
+
+    class Deleter(Gate):
+        def begin(self, what: str, total: int | None) -> None:
+            super().begin(what, total)
+            ledger = other.opened.ledger
+            if what == "retraining":
+                live = ledger.versions.live()
+                seen.append(([r.state for r in ledger.requests.all()], sum(m.stage == 2 for m in live.members)))
+                if len(seen) < len(leavers):
+                    other.delete(subjects=[leavers[len(seen)]], defer=True)
+
+    other.delete(subjects=leavers[:1], defer=True)
+    store = kit.reopened(root)
+    done = store.repair(executor="inline", reporter=Deleter())
+    assert [states[:-1] for states, _ in seen] == [["repaired"] * number for number in range(len(leavers))]
+    assert [serving for _, serving in seen] == [1] * len(leavers)
+    assert done.requests == [request.id for request in store.opened.ledger.requests.all()]
+    other.close()
+    store.close()
+    check_end(world, root, leavers)
+
+
 def check_deletion_against_repair(world: World, *, most: int) -> None:
     one, two = world.people[1, 1][:2]
     for number in points(world, [two], most=most):

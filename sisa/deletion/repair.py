@@ -89,13 +89,17 @@ def bring_up(
         reused |= {(row.key, row.platform) for row in done.reused}
         result.failures |= done.failures
         remaining = set(done.interrupted)
-        if not done.interrupted and not _unsettled(store):
+        ended = not done.interrupted and not _unsettled(store)
+        if not moves:  # whoever goes on deleting must not keep from service what is repaired already
+            _publish(store, result, footing, cause=cause, interrupted=remaining)
+        if ended:
             break
     result.reused = len(reused - {(row.key, row.platform) for row in result.trained})
     if moves and result.failures:
         result.version = store.ledger.versions.live_number()  # half an upgrade is none: the old chains stay live
         return result
-    _publish(store, result, footing, cause=cause)
+    if moves:
+        _publish(store, result, footing, cause=cause, interrupted=remaining)
     for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
         if not _unsettled(store):
             purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
@@ -111,7 +115,7 @@ def _unsettled(store: OpenStore) -> bool:
     return any(STATES.index(r.state) < STATES.index("repairing") for r in store.ledger.requests.open())
 
 
-def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str) -> None:
+def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, interrupted: set[int]) -> None:
     """Publish the newest clean stages and close the repaired requests, in one transaction."""
     ledger = store.ledger
     with ledger.database.transaction():
@@ -126,6 +130,8 @@ def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str) 
             failed = sorted(result.failures.keys() & set(request.shards))
             if failed:
                 ledger.requests.advance(request.id, "repairing", note=f"repair failed for shards {failed}")
+                continue
+            if interrupted & set(request.shards):
                 continue
             retrained = ledger.stages.trained_since(request.id, request.shards)
             ledger.requests.advance(
