@@ -345,6 +345,32 @@ def test_rows_that_nobody_deleted_and_nobody_ingested_stay_damage(world: World, 
     assert kit.end_state(kit.reopened(root)) == kit.end_state(kit.reopened(world.template))
 
 
+def test_damaged_rows_of_a_leaver_keep_neither_their_weights_nor_other_people(world: World, folder: Path) -> None:
+    """Their erasure was killed before it began, and then the file was hit."""
+    early, other = world.people[1, 1][0], world.people[0, 1][0]
+    root = world.copy(folder / "store")
+    kit.killed_before(delete, root, early, root=root, stop_at="COMMIT in ledger.partitions.prepare_erasure")
+    rows = root / "records/shard=0001/slice=01/part-00000.parquet"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:40] + bytes([whole[40] ^ 255]) + whole[41:])
+    store = kit.reopened(root)
+    assert store.delete(subjects=[other], executor="inline").state == "repaired"
+    with pytest.raises(DamagedError, match="shard 1"):
+        store.repair(executor="inline")
+    with pytest.raises(DamagedError):
+        kit.trained(world.recipe, root)
+    assert [member.stage for member in store.opened.ledger.versions.live().members] == [2, 0]
+    assert not list((root / "checkpoints" / "shard-0001").glob("stage-*"))
+    assert any("state accepted" in problem for problem in problems(root))
+    rows.write_bytes(whole)
+    repair(root)
+    undisturbed = world.copy(folder / "undisturbed")
+    for person in (early, other):
+        delete(undisturbed, person)
+    assert kit.end_state(kit.reopened(root)) == kit.end_state(kit.reopened(undisturbed))
+    assert problems(root, replay="all") == []
+
+
 # --- the ledger -------------------------------------------------------------------------------------
 
 

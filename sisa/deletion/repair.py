@@ -70,7 +70,7 @@ def bring_up(
     asked = None if shards is None else set(shards)
     remaining = asked
     while True:
-        settle_all(store, reporter)
+        result.failures |= settle_all(store, reporter)
         requests = _repairable(store)
         touched = {shard for request in requests for shard in request.shards}
         wanted = touched if remaining is None else remaining | touched
@@ -89,7 +89,7 @@ def bring_up(
         reused |= {(row.key, row.platform) for row in done.reused}
         result.failures |= done.failures
         remaining = set(done.interrupted)
-        ended = not done.interrupted and not _unsettled(store)
+        ended = not done.interrupted and not _unsettled(store, result)
         if not moves:  # whoever goes on deleting must not keep from service what is repaired already
             _publish(store, result, footing, cause=cause, interrupted=remaining)
         if ended:
@@ -101,7 +101,7 @@ def bring_up(
     if moves:
         _publish(store, result, footing, cause=cause, interrupted=remaining)
     for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
-        if not _unsettled(store):
+        if not _unsettled(store, result):
             purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
     return result
 
@@ -110,9 +110,13 @@ def _repairable(store: OpenStore) -> list[Request]:
     return [r for r in store.ledger.requests.open() if STATES.index(r.state) >= STATES.index("stages_purged")]
 
 
-def _unsettled(store: OpenStore) -> bool:
-    """Whether a deletion came in while the last build ran."""
-    return any(STATES.index(r.state) < STATES.index("repairing") for r in store.ledger.requests.open())
+def _unsettled(store: OpenStore, result: Repair) -> bool:
+    """Whether a deletion came in while the last build ran, and something can be done about it."""
+    return any(
+        STATES.index(request.state) < STATES.index("repairing")
+        and not result.failures.keys() & {shard for shard, _ in request.places}
+        for request in store.ledger.requests.open()
+    )
 
 
 def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, interrupted: set[int]) -> None:

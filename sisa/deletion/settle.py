@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
-from sisa.errors import DamagedError
+from sisa.errors import DamagedError, SisaError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, touch_durably
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import STATES, Partition, Request
@@ -30,30 +30,47 @@ from sisa.routing.keys import shard_keys
 PURGED = STATES.index("stages_purged")
 
 
-def settle_all(store: OpenStore, reporter: Reporter) -> None:
-    """Erase and purge for every open request, and clear the marks of those that are done."""
+def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
+    """Erase and purge for every open request, and clear the marks of those that are done.
+
+    Returns:
+        By shard, the damage that keeps rows from being erased: it can't be trained, the others can.
+    """
+    damaged: dict[int, SisaError] = {}
     for request in store.ledger.requests.open():
-        settle(store, request, reporter)
+        try:
+            settle(store, request, reporter)
+        except DamagedError as error:
+            damaged |= dict.fromkeys((shard for shard, _ in request.places), error)
     _clear_marks(store)
+    return damaged
 
 
 def settle(store: OpenStore, request: Request, reporter: Reporter) -> None:
     """Take one request from ``accepted`` to ``stages_purged`` (to ``repaired`` if only holdout rows went).
 
     Raises:
-        DamagedError: The rows of a slice are not readable, so nobody's can be erased from it.
+        DamagedError: The rows of a slice are not readable, so nobody's can be erased from it. The weights are
+            purged all the same, and the shard's stop mark stays.
     """
     if _purged(store, request):
         return
     for shard in request.shards:
         _mark(store, shard, request.id)
+    damage: DamagedError | None = None
     for shard, slice_ in request.places:
-        erase_partition(store, shard, slice_)
-    store.ledger.requests.advance(request.id, "rows_erased")
+        try:
+            erase_partition(store, shard, slice_)
+        except DamagedError as error:
+            damage = damage or error
+    if damage is None:
+        store.ledger.requests.advance(request.id, "rows_erased")
     for shard in request.shards:
         first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
         purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
     remove_replays(store)  # they have seen the same rows
+    if damage is not None:
+        raise damage
     if request.shards:
         store.ledger.requests.advance(request.id, "stages_purged")
     else:

@@ -107,7 +107,7 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         _same_recipe(opened, resolved)
     with opened.operation_lock().held(timeout_s=0):
         if opened.ledger.ingested:
-            settle_all(opened, reporter)  # rows of accepted deletions are neither kept nor missing
+            raise_first(settle_all(opened, reporter))  # rows of accepted deletions are neither kept nor missing
             _check_rows(opened)
             return opened, _compare(opened, resolved, reporter)
         with opened.ingest_lock().held():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sisa import opening
 from sisa.deletion.accept import accept
-from sisa.deletion.settle import settle
+from sisa.deletion.settle import settle, settle_all
 from sisa.errors import StoreError, UserError
 from sisa.layout import Layout
 from sisa.progress import Reporter, Silent
@@ -156,7 +156,8 @@ class Store:
 
     def _repair_after(self, request: str, execution: Execution, reporter: Reporter) -> str:
         """Repair unless it is done already; return why it has to wait, if it has to."""
-        if not self.opened.ledger.requests.get(request).open:
+        accepted = self.opened.ledger.requests.get(request)
+        if not accepted.open:
             return ""
         from sisa.store.footing import require_same
         from sisa.training.footing import footing_here
@@ -166,12 +167,19 @@ class Store:
         except UserError as error:  # a model's source that is gone or broken is another source too
             reporter.note(f"erased; not retrained: {error.message}")
             return f"{error.message}. {error.hint}"
-        self._bring_up(None, execution, reporter, heal=False)
+        self._bring_up(None, execution, reporter, heal=False, answer_for=accepted.shards)
         return ""
 
     def _bring_up(
-        self, shards: Iterable[int] | None, execution: Execution, reporter: Reporter, *, heal: bool
+        self,
+        shards: Iterable[int] | None,
+        execution: Execution,
+        reporter: Reporter,
+        *,
+        heal: bool,
+        answer_for: Iterable[int] | None = None,
     ) -> Repair:
+        """Repair, and raise what went wrong with the shards that the caller answers for (None: all)."""
         from sisa.deletion.repair import bring_up
         from sisa.store.footing import require_same
         from sisa.training.footing import footing_here
@@ -197,8 +205,9 @@ class Store:
                 heal=heal,
                 read_reused=heal,
             )
-        if done.failures:
-            shard, error = min(done.failures.items(), key=lambda item: item[0])
+        failures = {k: e for k, e in done.failures.items() if answer_for is None or k in set(answer_for)}
+        if failures:
+            shard, error = min(failures.items(), key=lambda item: item[0])
             raise type(error)(
                 f"the retraining of shard {shard} failed: {error.message}; it stays at its last clean stage, "
                 "and what was deleted stays deleted",
@@ -244,8 +253,7 @@ class Store:
         ledger = self.opened.ledger
         if not ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
-        for request in ledger.requests.open():
-            settle(self.opened, request, reporter)
+        settle_all(self.opened, reporter)  # even if nothing may be trained here; damage is told below
         before = ledger.versions.live_number()
         done = self._bring_up(range(self.opened.shards), _execution(executor, address, workers), reporter, heal=True)
         closed = [ledger.requests.get(identifier) for identifier in done.requests]
