@@ -137,6 +137,11 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
     with FileLock(layout.lock("create")).held():
         if is_store(layout):
             return open_store(layout)
+        if layout.ledger.is_file() and layout.ledger.stat().st_size and _ingested(layout):
+            raise DamagedError(
+                "recipe.yaml of the store is missing, but its ledger says that records were ingested",
+                hint="Restore recipe.yaml from a copy: making the store anew would forget who was deleted.",
+            )
         make_folder(layout.keys)
         os.chmod(layout.keys, 0o700)  # noqa: PTH101 - a folder of ours
         sweep_temporary(layout.keys)  # a killed attempt's keys
@@ -154,6 +159,18 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
         write_durably(layout.recipe, dump_recipe(frozen_recipe(recipe)).encode())
         sweep_temporary(layout.root)
     return open_store(layout)
+
+
+def _ingested(layout: Layout) -> bool:
+    """Say whether a ledger that lies there closed its ingest; one that a crash left unfinished didn't."""
+    try:
+        ledger = Ledger.open(layout.ledger)
+    except DamagedError:
+        return False
+    try:
+        return ledger.ingested
+    finally:
+        ledger.close()
 
 
 def _seal(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from store_kit import train
 from tables import binary, binary_recipe
 
 from sisa.ensemble.aggregation import aggregate
-from sisa.errors import DamagedError, NoConstituentError
+from sisa.errors import DamagedError, NoConstituentError, UserError
 from sisa.store.store import Store
 
 
@@ -85,3 +85,17 @@ def test_a_damaged_constituent_is_an_error_with_a_name(store: Store) -> None:
     chunk.unlink()
     with pytest.raises(DamagedError, match="stage"):
         store.predict_proba(binary().select(["x"]))
+
+
+def test_a_text_is_no_list_of_ids(store: Store) -> None:
+    with pytest.raises(UserError, match="expected a list of ids"):
+        store.delete(subjects="17")
+    assert store.status()["requests"] == []
+
+
+def test_a_lost_recipe_forgets_nobody(tmp_path: Path, store: Store) -> None:
+    store.delete(subjects=["3"], defer=True)
+    store.opened.layout.recipe.unlink()
+    with pytest.raises(DamagedError, match=r"recipe\.yaml"):
+        train(tmp_path, binary_recipe(), binary())
+    assert store.opened.ledger.requests.exclusions()

@@ -130,6 +130,8 @@ class Store:
         """
         started = time.monotonic()
         reporter = reporter or Silent()
+        if isinstance(subjects, str | bytes) or isinstance(records, str | bytes):
+            raise UserError("subjects and records: expected a list of ids, got a text", hint='Write subjects=["17"].')
         wanted_subjects, wanted_records = [str(i) for i in subjects], [str(i) for i in records]
         if not wanted_subjects and not wanted_records:
             raise UserError("nothing to delete: no id was given", hint="Give --subject, --record or --from.")
