@@ -8,6 +8,8 @@ import pytest
 import yaml
 from cli_kit import Cli, prepare, recipe
 
+from sisa.recipe.wording import number_hint
+
 
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
@@ -69,7 +71,38 @@ def test_many_mistakes_are_one_message(cli, tmp_path):
         ("training.optimizer.lr=.inf", ["training.optimizer.lr: expected a finite number, got inf"]),
         (
             "training.optimizer.lr=1e-3",
-            ["training.optimizer.lr: expected a number, got the text '1e-3' (YAML reads 1e-3 as text: write 1.0e-3)"],
+            ["training.optimizer.lr: expected a number, got the text '1e-3' (YAML reads 1e-3 as text: write 0.001)"],
+        ),
+        (
+            "training.optimizer.lr=1.0e30",
+            ["training.optimizer.lr: expected a number, got the text '1.0e30' (YAML reads 1.0e30 as text: write 1.0e+30)"],
+        ),
+        (
+            "training.optimizer.lr='0.1'",
+            ["training.optimizer.lr: expected a number, got the text '0.1' (in quotes it is a text: write 0.1)"],
+        ),
+        ("training.optimizer.lr=small", ["training.optimizer.lr: expected a number, got the text 'small'"]),
+        (
+            "training.optimizer={name: adam, lr: 0.1, eps: 1e-8, betas: [0.9, -.5e3]}",
+            [
+                "training.optimizer.betas: expected a number, got the text '-.5e3' (YAML reads -.5e3 as text: write -500.0)",
+                "training.optimizer.eps: expected a number, got the text '1e-8' (YAML reads 1e-8 as text: write 1.0e-08)",
+            ],
+        ),
+        (
+            "training.optimizer={name: torch.optim.Adagrad, lr: 0.1, eps: 1e-10}",
+            ["training.optimizer.eps: expected a number, got the text '1e-10' (YAML reads 1e-10 as text: write 1.0e-10)"],
+        ),
+        (
+            "training.schedule={name: exponential, gamma: 9e-1}",
+            ["training.schedule.gamma: expected a number, got the text '9e-1' (YAML reads 9e-1 as text: write 0.9)"],
+        ),
+        (
+            "data.columns={age: {mean: 4e1, std: wide}}",
+            [
+                "data.columns.age.mean: expected a number, got the text '4e1' (YAML reads 4e1 as text: write 40.0)",
+                "data.columns.age.std: expected a number, got the text 'wide'",
+            ],
         ),
         (
             "training.optimizer.momentun=0.9",
@@ -230,3 +263,20 @@ def test_a_model_that_can_not_be_used(cli, tmp_path, model, message):
 def test_what_only_a_trial_shows(cli, tmp_path, override, message):
     (tmp_path / "short.key").write_text("short")
     assert message in refused(cli, tmp_path, "--set", override).message
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1.0e30", "1e30", "1E5", "1.e5", "-.5", "-.5e-7", "+1e9", "1e0", "123456789e3", "5e-324", "1_0e3"]
+)
+def test_numbers_are_spelled_as_yaml_reads_them(text):
+    assert isinstance(yaml.safe_load(text), str)
+    advice = number_hint(text)
+    assert advice.startswith(f" (YAML reads {text} as text: write ")
+    written = yaml.safe_load(advice.rpartition(" ")[2].removesuffix(")"))
+    assert type(written) is float
+    assert written == float(text)
+
+
+@pytest.mark.parametrize("text", ["small", "", "nan", "inf", "1e999", "0x1F", "{", "1,5"])
+def test_no_spelling_is_offered_for_what_is_no_number(text):
+    assert number_hint(text) == ""

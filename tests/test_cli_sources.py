@@ -118,6 +118,68 @@ def test_a_value_that_can_not_be_used(cli, name):
     assert hint in failure.hint
 
 
+DECLARED = "data.columns={age: {type: numeric}, hours: {type: numeric}, job: {type: categorical}}"
+
+
+def latin1(name):
+    """A column whose second value is text, but not in UTF-8."""
+    values = [str(value).encode() for value in TABLE[name].to_pylist()]
+    return pa.array([values[0], "Jürgen".encode("latin-1"), *values[2:]]).view(pa.string())
+
+
+def saved_as(cli, table, kind):
+    """Save a table whose texts may be none; return its name."""
+    where = f"broken.{kind}"
+    if kind == "parquet":
+        papq.write_table(table, cli.folder / where)
+    elif kind == "arrow":
+        with paipc.new_file(cli.folder / where, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        rows = zip(*(column.cast(pa.string()).cast(pa.binary()).to_pylist() for column in table.columns), strict=True)
+        lines = [",".join(table.column_names).encode(), *map(b",".join, rows)]
+        (cli.folder / where).write_bytes(b"\n".join(lines))
+    return where
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv"])
+@pytest.mark.parametrize("name", ["person", "household", "job", "income"])
+def test_text_that_is_not_utf_8(cli, name, kind):
+    where = saved_as(cli, changed(TABLE, **{name: latin1(name)}), kind)
+    failure = refused(cli, "--set", f"data.source={where}", "--set", DECLARED)
+    assert failure.message == f"column {name!r}: 1 of 60 texts read so far are not valid UTF-8"
+    assert "iconv" in failure.hint
+    assert "Jürgen" not in failure.message
+
+
+@pytest.mark.parametrize("encoded", ["ids", "job", "missing classes"])
+def test_encoded_text_that_is_not_utf_8(cli, encoded):
+    name = {"ids": "person", "job": "job", "missing classes": "income"}[encoded]
+    source(cli, changed(TABLE, **{name: latin1(name).dictionary_encode()}))
+    failure = refused(cli, *(["--set", "data.classes="] * (encoded == "missing classes")))
+    assert failure.message == f"column {name!r}: 1 of 60 texts read so far are not valid UTF-8"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv"])
+def test_an_input_that_is_not_utf_8(cli, kind):
+    cli.json("train", "recipe.yaml")
+    answered = ("predict", "--store", "store", "--output", "out.parquet")
+    where = saved_as(cli, changed(TABLE, job=latin1("job")), kind)
+    failure = cli.refused(*answered, where)
+    assert failure.message == "column 'job': 1 of 60 texts read so far are not valid UTF-8"
+    assert not (cli.folder / "out.parquet").exists()
+    where = saved_as(cli, changed(TABLE, household=latin1("household")), kind)  # which isn't asked for
+    assert cli.json(*answered, where)["rows"] == COUNT
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_list_of_no_numbers_is_no_feature(cli, kind):
+    nothing = pa.array([[]] * COUNT, pa.list_(pa.float32(), 0))
+    where = saved_as(cli, changed(TABLE, age=nothing), kind)
+    failure = refused(cli, "--set", f"data.source={where}")
+    assert "data.features: 'age': a list of 0 numbers says nothing; expected a fixed-size list" in failure.message
+
+
 def test_columns_that_are_not_there_are_all_named_with_the_nearest(cli):
     source(cli, TABLE.rename_columns(["Person", "household", "Age", "hours", "job", "incomes"]))
     assert refused(cli).message.splitlines() == [

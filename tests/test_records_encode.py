@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import struct
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from records_tools import KEY, SHARDS, SLICES, memberships, people, resolved, sa
 
 from sisa.errors import RecipeError, SourceError
 from sisa.recipe import ColumnSpec, Recipe
+from sisa.records import encode
 from sisa.records.digest import content_digests, id_digests
-from sisa.records.encode import canonical_batch, features_batch
+from sisa.records.encode import canonical_batch, check_columns, features_batch
 from sisa.records.schema import resolve
 from sisa.records.source import open_source
 from sisa.routing import shard_keys
@@ -303,6 +305,34 @@ def test_values_of_another_kind_are_refused(array: pa.Array, kind: str, size: in
         encoded(array, kind, size)
 
 
+BROKEN = pa.array([b"a", b"K\xf6ln", None, b"\xff"]).view(pa.string())
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "size"),
+    [
+        (BROKEN, "categorical", None),
+        (BROKEN.cast(pa.large_string()), "categorical", None),
+        (BROKEN.cast(pa.string_view()), "categorical", None),
+        (pa.DictionaryArray.from_arrays([0, 1, 2, 3], BROKEN), "categorical", None),
+        (BROKEN, "numeric", None),
+        (pa.FixedSizeListArray.from_arrays(BROKEN, 1), "vector", 1),
+    ],
+    ids=["text", "large text", "text view", "dictionary", "numbers as text", "vector of texts"],
+)
+def test_texts_that_are_none_are_refused(array: pa.Array, kind: str, size: int | None) -> None:
+    with pytest.raises(SourceError, match="column 'x': 2 of 4 texts read so far are not valid UTF-8") as caught:
+        encoded(array, kind, size)
+    assert "leave these rows out" in caught.value.hint
+
+
+def test_labels_that_are_no_texts_are_refused() -> None:
+    labels = pa.array([b"no", b"\xff"]).view(pa.string())
+    batch = pa.record_batch([pa.array([1, 2]), pa.array([1, 2]), labels], names=["rid", "x", "label"])
+    with pytest.raises(SourceError, match="column 'label': 1 of 2 texts"):
+        canonical_batch(batch, recipe_for("numeric"))
+
+
 def test_refusals_show_no_value() -> None:
     with pytest.raises(SourceError) as caught:
         encoded(pa.array(["secret"]), "numeric")
@@ -335,6 +365,45 @@ def test_prediction_input_needs_features_only() -> None:
     assert features_batch(batch, recipe_for("numeric")).schema.names == ["x"]
     with pytest.raises(SourceError, match=r"no column 'x' \(did you mean 'xx'\?\)"):
         features_batch(pa.record_batch([pa.array([1])], names=["xx"]), recipe_for("numeric"))
+
+
+def test_a_wide_table_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look takes time for each column: one for each column would be slow with thousands of them."""
+    names = [f"c{i}" for i in range(50)]
+    recipe = written("-", subject_id=None, features=names, holdout=None)
+    recipe = recipe.resolved({name: ColumnSpec(type="numeric") for name in names})
+    batch = pa.record_batch([pa.array([1])] * 51 + [pa.array(["no"])], names=["rid", *names, "label"])
+    looks: list[str] = []
+
+    def counted(present: Any, wanted: Any, *, what: str) -> None:
+        looks.append(what)
+        check_columns(present, wanted, what=what)
+
+    monkeypatch.setattr(encode, "check_columns", counted)
+    assert canonical_batch(batch, recipe).num_columns == 53
+    assert looks == ["the input"]
+
+
+def test_the_wrong_table_is_told_in_few_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To look for near names of thousands of columns among thousands would take hours."""
+    names = [f"column {i}" for i in range(200)]
+    searched: list[str] = []
+
+    def counted(name: str, *others: Any, **more: Any) -> list[str]:
+        searched.append(name)
+        return get_close_matches(name, *others, **more)
+
+    monkeypatch.setattr("difflib.get_close_matches", counted)
+    with pytest.raises(SourceError) as caught:
+        check_columns(["column 1x", "y"], names, what="the input")
+    assert "no column 'column 1' (did you mean 'column 1x'?)" in caught.value.message
+    assert caught.value.message.endswith(", and 180 more")
+    table = pa.table({name: [1] for name in ["rid", "label", *(f"other {i}" for i in range(200))]})
+    error = problems_of(table, tmp_path, subject_id=None, features=names)
+    assert len(error.problems) == 200
+    assert "it has rid, label, other 0" in error.message
+    assert "and 182 more" in error.message
+    assert len(searched) == 40
 
 
 # --- holding a recipe against a schema -----------------------------------------------------------
@@ -383,6 +452,7 @@ ODD = {
     "raw": pa.array([b"a", b"b"]),
     "texts": pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)),
     "empty": pa.nulls(2),
+    "nothing": pa.array([[], []], pa.list_(pa.float32(), 0)),
     "target": pa.array([1.5, 2.5]),
     "word": pa.array(["a", "b"]),
     "ok": pa.array([1, 2]),
@@ -397,6 +467,7 @@ ODD = {
         ({"features": ["nested"]}, "'nested': a nested column is not supported yet"),
         ({"features": ["raw"]}, "'raw': a column of type binary is not supported yet"),
         ({"features": ["texts"]}, "'texts': a list of string is not supported yet"),
+        ({"features": ["nothing"]}, "'nothing': a list of 0 numbers says nothing; expected .* at least 1 number"),
         ({"features": ["empty"]}, "'empty': all values are missing; declare its type"),
         ({"label": "target"}, "regression targets are not supported yet"),
         ({"label": "when"}, "can't be a class label"),

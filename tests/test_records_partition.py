@@ -258,3 +258,18 @@ def test_excluded_rows_are_marked_by_either_digest() -> None:
     assert not excluded_rows(records, subjects, exclusions, bytes(32)).any()
     crossed = {("record", exclusion_digest(KEY, "subject", "a"))}
     assert not excluded_rows(records, subjects, crossed, KEY).any()
+
+
+class _TooManyToWalk(set[tuple[str, bytes]]):
+    """Pairs among which one may look up, and nothing else."""
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        raise AssertionError("somebody walks over all exclusions")
+
+
+def test_exclusions_that_outnumber_the_rows_are_not_walked() -> None:
+    """They may be millions, and partitions thousands."""
+    records, subjects = pa.array(["1", "2"]), pa.chunked_array([["a", "b"]])
+    exclusions = _TooManyToWalk(("subject", exclusion_digest(KEY, "subject", name)) for name in "axyz")
+    exclusions.add(("record", exclusion_digest(KEY, "record", "2")))
+    assert excluded_rows(records, subjects, exclusions, KEY).tolist() == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def test_batches_are_bounded(tmp_path: Path) -> None:
         assert sum(batch.num_rows for batch in batches) == 1000
 
 
+def test_wide_rows_of_csv_come_in_numbers_too(tmp_path: Path) -> None:
+    """Each batch costs time for each column: with a few rows a batch, a wide table would take that for each row."""
+    row = b"x" * 20_000
+    source = open_source(write(tmp_path, "t.csv", b"a,b\n" + b"\n".join([row + b",1"] * 600)))
+    counts = [batch.num_rows for batch in source.batches()]
+    assert sum(counts) == 600
+    assert counts[0] > LEAST_ROWS - 2
+
+
 def test_digits() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     source = open_source("builtin:digits")
@@ -120,11 +130,14 @@ def mixed(folder: Path, one: pa.Table, two: pa.Table) -> str:
         (lambda f: write(f, "t.parquet", b"hello"), "t.parquet' is no table"),
         (lambda f: write(f, "t.parquet", b""), "t.parquet' is an empty file"),
         (lambda f: write(f, "t.parquet", b"PAR1 and nothing more"), "t.parquet' can't be read"),
-        (lambda f: write(f, "t.arrow", b"ARROW1 and nothing more"), "t.arrow' can't be read"),
+        (lambda f: write(f, "t.pq", b"PAR1 and the end of another: PAR1"), "t.pq' can't be read"),
+        (lambda f: write(f, "t.txt", b"PAR1 and nothing more"), "t.txt' is no table"),
+        (lambda f: write(f, "t.arrow", b"ARROW1\0\0 and nothing more"), "t.arrow' can't be read"),
+        (lambda f: write(f, "t.arrow", b"ARROW1 and nothing more"), "t.arrow' is no table"),
         (lambda f: write(f, "t.csv", b""), "t.csv' is an empty file"),
         (lambda f: write(f, "t.csv", b"a,a\n1,2\n"), "more than one column named 'a'"),
         (lambda f: write(f, "t.csv", b"a,b\n1,2\n3\n"), "a row has 1 fields where the header has 2"),
-        (lambda f: write(f, "t.csv", b"a\n\xff\xfe\n"), "t.csv' can't be read"),
+        (lambda f: write(f, "t.csv", b"\xff\xfea\n1\n"), "t.csv' can't be read"),
         (lambda _: "builtin:iris", "no such built-in table"),
         (
             lambda f: mixed(f, pa.table({"a": [1]}), pa.table({"b": [1]})),
@@ -137,6 +150,47 @@ def test_what_is_no_table_is_named(uri: Callable[[Path], str], message: str, tmp
     with pytest.raises(SourceError, match=message) as caught:
         list(open_source(uri(tmp_path)).batches())
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("header", ["PAR1", "ARROW1", "ARROW1-2"])
+def test_a_csv_file_may_start_like_another_format(header: str, tmp_path: Path) -> None:
+    source = open_source(write(tmp_path, "t.csv", f"{header},x\n1,PAR1".encode()))
+    assert source.csv
+    assert pa.Table.from_batches(source.batches()).to_pydict() == {header: ["1"], "x": ["PAR1"]}
+
+
+@pytest.mark.parametrize("writer", [as_parquet, as_file, as_stream])
+def test_names_of_columns_that_are_no_text_are_damage(writer: Callable[[pa.Table, Path], Path], tmp_path: Path) -> None:
+    path = writer(pa.table({"name": [1]}), tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"name", b"na\xffe"))
+    with pytest.raises(SourceError, match="can't be read: it is damaged"):
+        open_source(str(path))
+
+
+def test_lists_of_no_numbers_are_named(tmp_path: Path) -> None:
+    """The reader of Parquet takes them for damage."""
+    papq.write_table(pa.table({"id": [1], "none": pa.array([[]], pa.list_(pa.float32(), 0))}), tmp_path / "t.parquet")
+    source = open_source(str(tmp_path / "t.parquet"))
+    assert next(source.batches(["id"])).num_rows == 1
+    with pytest.raises(SourceError, match="column 'none' is a list of 0 elements; expected at least 1"):
+        list(source.batches())
+
+
+def test_a_wide_table_is_described_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description takes time for each column: one for each column would be slow with thousands of them."""
+    papq.write_table(pa.table({f"c{i}": [i] for i in range(100)}), tmp_path / "t.parquet")
+    described = 0
+    schema_arrow = papq.ParquetFile.schema_arrow
+
+    def counted(file: papq.ParquetFile) -> pa.Schema:
+        nonlocal described
+        described += 1
+        return schema_arrow.fget(file)
+
+    monkeypatch.setattr(papq.ParquetFile, "schema_arrow", property(counted))
+    source = open_source(str(tmp_path / "t.parquet"))
+    assert next(source.batches()).num_columns == 100
+    assert described == 2  # when it is opened, and when it is read
 
 
 def test_mistakes_show_no_row(tmp_path: Path) -> None:
@@ -198,6 +252,15 @@ def test_arrays_stand_for_numbers_or_one_vector(tmp_path: Path) -> None:
         feature_table({"x": [1]}, numbers)
 
 
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_texts_in_memory_must_be_texts(type_: pa.DataType, tmp_path: Path) -> None:
+    recipe = resolved(saved(tmp_path, people(30)), features=["city", "age"])
+    city = pa.array([b"K\xf6ln", b"Ulm", None]).view(pa.string()).cast(type_)
+    for array in (city, city.dictionary_encode()) if type_ != pa.string_view() else (city,):
+        with pytest.raises(SourceError, match="column 'city': 1 of 3 texts read so far are not valid UTF-8"):
+            feature_table(pa.table({"city": array, "age": [1, 2, 3]}), recipe)
+
+
 def test_input_files_must_have_the_features(tmp_path: Path) -> None:
     recipe = resolved(saved(tmp_path, people(30)))
     assert open_input(str(tmp_path / "people.parquet"), recipe, added=["scores"]).rows == 30
@@ -229,7 +292,7 @@ def ids_in(path: str | Path) -> Any:
 
 
 def test_ids_from_lines_and_tables(tmp_path: Path) -> None:
-    assert ids_in(write(tmp_path, "ids.txt", b"\xef\xbb\xbfp1\n  p2 \n\np1\ne\xcc\x81\n")) == (
+    assert ids_in(write(tmp_path, "ids.txt", b"\xef\xbb\xbfp1\np2\n\np1\ne\xcc\x81\n")) == (
         "subject",
         ["p1", "p2", "é"],
     )
@@ -242,7 +305,10 @@ def test_ids_from_lines_and_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("ids.txt", b"\n \n", "holds no id"),
+        ("ids.txt", b"", "holds no id"),
+        ("ids.txt", b"\n\r\n\n", "holds no id"),
+        ("ids.txt", b"PAR1\xff\n", "neither a table nor UTF-8 text"),
+        ("ids.parquet", b"PAR1, but cut short", "can't be read: it is damaged"),
         ("ids.txt", b"\xff\xfe\x00", "neither a table nor UTF-8 text"),
         ("ids.csv", b"owners\n1\n", "no column 'owner' .did you mean 'owners'?"),
         ("ids.csv", b"owner,x\n,1\n", "1 of 1 ids are missing"),
@@ -253,3 +319,48 @@ def test_files_without_ids_are_refused(name: str, content: bytes, message: str, 
         ids_in(write(tmp_path, name, content))
     with pytest.raises(UserError, match="can't be read: No such file"):
         ids_in(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a \n a\nb\t\n", ["a ", " a", "b\t"]),
+        (b"a\r\nb \r\n\r\nc", ["a", "b ", "c"]),
+        (b" \n\xc2\xa0\n", [" ", "\u00a0"]),
+        (b"a\rb\nc\x0cd\n", ["a\rb", "c\x0cd"]),
+    ],
+    ids=["spaces", "line ends of Windows", "nothing but spaces", "other control characters"],
+)
+def test_a_line_is_an_id_as_it_stands(content: bytes, expected: list[str], tmp_path: Path) -> None:
+    """Tables may have such ids, so "a " must not delete "a"."""
+    assert ids_in(write(tmp_path, "ids.txt", content)) == ("subject", expected)
+    papq.write_table(pa.table({"owner": expected}), tmp_path / "ids.parquet")
+    assert ids_in(tmp_path / "ids.parquet") == ("subject", expected)
+
+
+@pytest.mark.parametrize("lines", [["ARROYO-1", "b"], ["ARROW1", "b"], ["PAR1-7", "b"], ["PAR1", "PAR1"], ["PAR1"]])
+def test_ids_that_look_like_a_format_are_ids(lines: list[str], tmp_path: Path) -> None:
+    for end in ("", "\n"):
+        content = ("\n".join(lines) + end).encode()
+        assert ids_in(write(tmp_path, "ids.txt", content)) == ("subject", list(dict.fromkeys(lines)))
+
+
+def test_tables_of_ids_are_known_by_their_content(tmp_path: Path) -> None:
+    for writer in (as_parquet, as_file, as_stream):
+        table = writer(pa.table({"owner": ["PAR1"]}), tmp_path)
+        assert ids_in(table.rename(tmp_path / "ids.txt")) == ("subject", ["PAR1"])
+
+
+def test_ids_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    papq.write_table(pa.table({"owner": pa.array([b"p\xe4", b"p2"]).view(pa.string())}), tmp_path / "ids.parquet")
+    with pytest.raises(SourceError, match=r"ids.parquet': column 'owner': 1 of 2 texts .* not valid UTF-8"):
+        ids_in(tmp_path / "ids.parquet")
+
+
+def test_a_pipe_is_no_file_of_ids() -> None:
+    """It can be read once only, and what is read to tell its format would be lost."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a\n" * 10)
+    os.close(writing)
+    with os.fdopen(reading, "rb"), pytest.raises(UserError, match="can't be read: it is no file"):
+        ids_in(f"/dev/fd/{reading}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import enum
 import hashlib
 import hmac
 import uuid
@@ -22,12 +24,15 @@ from sisa.routing import (
     canonical_ids,
     derive,
     exclusion_digest,
+    exclusion_digests,
+    id_text,
     new_key,
     parse_key,
     shard_keys,
     siphash_text,
     siphash_words,
 )
+from sisa.routing import keys as routing_keys
 from sisa.routing.siphash import BLOCK
 
 KEY = bytes(range(32))
@@ -240,6 +245,66 @@ def test_typed_ids_are_normalised_too() -> None:
             canonical_id(wrong)
 
 
+@pytest.mark.parametrize("pattern", ["{}", "a\u0323{}\u0301", "{}\u0301", "ascii"])
+def test_typed_and_read_ids_agree_on_every_code_point(pattern: str) -> None:
+    """Libraries know other versions of Unicode; marks that one of them doesn't know are left where they stand."""
+    texts = [pattern.format(chr(code)) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    assert canonical_ids(pa.array(texts), column="id").to_pylist() == [canonical_id(text) for text in texts]
+
+
+def test_ids_are_normalised_wherever_they_stand() -> None:
+    """ASCII ids take a short cut; the others of the same column don't."""
+    texts = pa.array(["a", "e\u0301", "b", "u\u0308", "\u00e9"])
+    assert canonical_ids(texts, column="id").to_pylist() == ["a", "\u00e9", "b", "\u00fc", "\u00e9"]
+    assert canonical_ids(texts.slice(1, 3), column="id").to_pylist() == ["\u00e9", "b", "\u00fc"]
+
+
+class _Name(str, enum.Enum):  # noqa: UP042 - many programs still have such
+    ANN = "ann"
+
+
+@pytest.mark.parametrize(
+    ("value", "column", "expected"),
+    [
+        ("p1", pa.array(["p1"]), "p1"),
+        (" a ", pa.array([" a "]), " a "),
+        (np.str_("p1"), pa.array(["p1"]), "p1"),
+        (_Name.ANN, pa.array(["ann"]), "ann"),
+        (-7, pa.array([-7]), "-7"),
+        (np.int32(-7), pa.array([-7], pa.int32()), "-7"),
+        (np.uint64(2**64 - 1), pa.array([2**64 - 1], pa.uint64()), str(2**64 - 1)),
+        (_UUID, pa.array([_UUID.bytes], pa.uuid()), "6f9619ff-8b86-d011-b42d-00c04fc964ff"),
+    ],
+)
+def test_an_id_from_a_program_is_the_one_of_the_column(value: object, column: pa.Array, expected: str) -> None:
+    text = id_text(value, where="subjects")
+    assert type(text) is str
+    assert text == expected
+    assert canonical_ids(column, column="id").to_pylist() == [canonical_id(text)]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (1.0, "a value of type float"),
+        (float("nan"), "a value of type float"),
+        (np.float64(1.0), "a value of type float64"),
+        (True, "a value of type bool"),
+        (np.True_, "a value of type bool"),
+        (b"p1", "a value of type bytes"),
+        (None, "None"),
+        (["p1"], "a value of type list"),
+        (decimal.Decimal(1), "a value of type Decimal"),
+        (np.array(["p1"]), "a value of type ndarray"),
+    ],
+)
+def test_what_has_no_one_text_is_no_id(value: object, kind: str) -> None:
+    with pytest.raises(UserError) as caught:
+        id_text(value, where="subjects")
+    assert caught.value.message == f"subjects: expected ids that are texts, integers or UUIDs, got {kind}"
+    assert "as the table has it" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -275,3 +340,18 @@ def test_contexts_do_not_run_into_each_other() -> None:
     assert derive(KEY, "ab", "c") != derive(KEY, "a", "bc")
     assert shard_keys(KEY, 1).order != shard_keys(KEY, 11).order
     assert exclusion_digest(KEY, "subject", "1") != exclusion_digest(KEY, "record", "1")
+
+
+def test_digests_of_many_ids_derive_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = ["u1", "\u00e9", "x" * 200]
+    expected = [exclusion_digest(KEY, "subject", id_) for id_ in ids]
+    derived: list[tuple[str | int, ...]] = []
+
+    def counted(key: bytes, *context: str | int) -> bytes:
+        derived.append(context)
+        return derive(key, *context)
+
+    monkeypatch.setattr(routing_keys, "derive", counted)
+    assert exclusion_digests(KEY, "subject", iter(ids)) == expected
+    assert derived == [("exclusion", "subject")]
+    assert exclusion_digests(KEY, "record", []) == []

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from sisa.errors import RecipeError, UserError
 from sisa.recipe import schema
 from sisa.recipe.schema import Recipe
+from sisa.recipe.wording import number_hint
 
 SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): schema.Recipe,
@@ -254,6 +255,8 @@ def _shown(item: ErrorDetails) -> str:
         return str(value).lower()
     if value is None:
         return "nothing"
+    if isinstance(value, str) and item["type"] == "float_type":
+        return f"the text {value!r}{number_hint(value)}"
     return repr(value) if isinstance(value, str | int | float) else f"{value} (a {type(value).__name__})"
 
 

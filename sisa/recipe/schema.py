@@ -8,11 +8,13 @@ store keeps and what its digest is taken over.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
 from sisa.planning.epochs import largest_slices
+from sisa.recipe.wording import number_hint, repeated, some_of
 
 BUILTIN_MODELS = ("mlp", "cnn", "logistic")
 RESERVED_PREFIX = "_sisa_"
@@ -126,12 +128,12 @@ class DataSpec(Section):
     def _consistent(self) -> DataSpec:
         problems: list[str] = []
         names = self.class_names
-        problems += [f"classes: {name!r} is listed twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        problems += [f"classes: {name!r} is listed twice" for name in repeated(names)]
         if self.features != "*":
             listed = list(self.features)
             if not listed:
                 problems.append('features: expected at least one column, or "*"')
-            problems += [f"features: {n!r} is listed twice" for n in sorted({n for n in listed if listed.count(n) > 1})]
+            problems += [f"features: {n!r} is listed twice" for n in repeated(listed)]
             for field, column in [
                 ("record_id", self.record_id),
                 ("subject_id", self.subject_id),
@@ -140,9 +142,8 @@ class DataSpec(Section):
                 if column in listed:
                     problems.append(f"features: {column!r} is the {field}; a model must not be trained on it")
             problems += [
-                f"columns.{name}: no such feature; expected one of {', '.join(listed)}"
-                for name in self.columns
-                if name not in listed
+                f"columns.{name}: no such feature; expected one of {some_of(listed)}"
+                for name in sorted(self.columns.keys() - set(listed))
             ]
             if self.image is not None and len(listed) != 1:
                 problems.append(f"image: expected exactly one feature, the image; got {len(listed)}")
@@ -218,12 +219,13 @@ class OptimizerSpec(BaseModel):
     @classmethod
     def _number(cls, value: object) -> object:
         if isinstance(value, str):
-            raise ValueError(f"expected a number, got the text {value!r} (YAML reads 1e-3 as text: write 1.0e-3)")
+            raise ValueError(f"expected a number, got the text {value!r}{number_hint(value)}")
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerSpec:
         _check_arguments(self.name, self.arguments, KNOWN_OPTIMIZERS, "torch.optim.")
+        _check_numbers(self.name, self.arguments, KNOWN_OPTIMIZERS)
         return self
 
     @property
@@ -248,6 +250,7 @@ class ScheduleSpec(BaseModel):
         if self.name.endswith("ReduceLROnPlateau"):
             raise ValueError("a schedule that follows a validation metric would let held-out records steer training")
         _check_arguments(self.name, self.arguments, KNOWN_SCHEDULES, "torch.optim.lr_scheduler.")
+        _check_numbers(self.name, self.arguments, KNOWN_SCHEDULES)
         return self
 
     @property
@@ -277,9 +280,23 @@ def _check_arguments(name: str, arguments: dict[str, Any], known: dict[str, froz
     if unknown:
         expected = ", ".join(sorted(known[name] | ({"lr"} if prefix == "torch.optim." else set())))
         raise ValueError(f"{', '.join(unknown)}: not an argument of {name}; expected {expected}")
-    texts = [key for key, value in arguments.items() if isinstance(value, str)]
-    if texts:
-        raise ValueError(f"{', '.join(texts)}: expected a number, got a text (YAML reads 1e-3 as text: write 1.0e-3)")
+
+
+def _check_numbers(name: str, arguments: dict[str, Any], known: Collection[str]) -> None:
+    """Refuse texts among arguments; of a class that isn't ``known``, only those that spell a number."""
+    texts = [
+        (key, text)
+        for key, value in arguments.items()
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str)
+    ]
+    problems = [
+        f"{key}: expected a number, got the text {text!r}{number_hint(text)}"
+        for key, text in texts
+        if name in known or number_hint(text)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class TrainingSpec(Section):

@@ -21,12 +21,16 @@ from numpy.typing import NDArray
 
 from sisa.errors import SourceError
 from sisa.recipe import Recipe
+from sisa.recipe.wording import NAMED
 from sisa.records.kinds import is_number, plain_array
 from sisa.records.names import LABEL, RECORD, SUBJECT
-from sisa.routing.ids import canonical_ids, is_text, nfc
+from sisa.routing.ids import canonical_ids, check_utf8, is_text, nfc
 
 SHOWN = 5
 """How many values a message names."""
+# Made once and with their types: Arrow takes longer to make a scalar than to look through a column with it.
+_NAN = pa.scalar(np.nan, pa.float64())
+_BOOLEANS = [tuple(pa.scalar(text, pa.string()) for text in pair) for pair in (("true", "1"), ("false", "0"))]
 
 
 def source_columns(recipe: Recipe) -> list[str]:
@@ -60,7 +64,7 @@ def encode_with(
         SourceError: A column is missing, or a value isn't what the recipe says it is.
     """
     features = features_batch(batch, recipe)
-    labels = _labels(_column(batch, recipe.data.label), recipe.data.label, recipe.data.class_names)
+    labels = _labels(_plain_column(batch, recipe.data.label), recipe.data.label, recipe.data.class_names)
     names = [RECORD, SUBJECT, *features.schema.names, LABEL]
     return pa.record_batch([records, subjects, *features.columns, labels], names=names)
 
@@ -88,13 +92,13 @@ def features_batch(batch: pa.RecordBatch, recipe: Recipe) -> pa.RecordBatch:
     arrays = []
     for name in recipe.data.features:
         spec = recipe.data.columns[name]
-        array = _column(batch, name)
+        array = _plain_column(batch, name)
         if spec.type == "numeric":
-            arrays.append(pa.array(_numbers(plain_array(array), name)))
+            arrays.append(pa.array(_numbers(array, name)))
         elif spec.type == "categorical":
-            arrays.append(_categories(plain_array(array), name))
+            arrays.append(_categories(array, name))
         else:
-            arrays.append(_vectors(plain_array(array), name, size=spec.size or 0))
+            arrays.append(_vectors(array, name, size=spec.size or 0))
     return pa.record_batch(arrays, names=list(recipe.data.features))
 
 
@@ -102,12 +106,16 @@ def check_columns(present: Sequence[str], wanted: Iterable[str], *, what: str) -
     """Make sure that a table has the columns that it must have.
 
     Raises:
-        SourceError: Some are missing; all are named, with the nearest name that is there.
+        SourceError: Some are missing; the first are named, with the nearest name that is there.
     """
-    missing = [f"{name!r}{nearest(name, present)}" for name in wanted if name not in present]
+    there = set(present)
+    missing = [name for name in wanted if name not in there]
     if missing:
+        # A search for near names takes a moment, and the wrong table may lack thousands of columns.
+        shown = [f"{name!r}{nearest(name, present)}" for name in missing[:NAMED]]
+        more = f", and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise SourceError(
-            f"{what} has no column {', no column '.join(missing)}", hint="Column names are case-sensitive."
+            f"{what} has no column {', no column '.join(shown)}{more}", hint="Column names are case-sensitive."
         )
 
 
@@ -117,14 +125,31 @@ def nearest(name: str, present: Sequence[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def label_texts(array: pa.Array) -> pa.StringArray:
-    """Return the text form of labels, as classes are compared; nulls stay."""
-    return _texts(plain_array(array))
+def label_texts(array: pa.Array, name: str) -> pa.StringArray:
+    """Return the text form of labels, as classes are compared; nulls stay.
+
+    Raises:
+        SourceError: A label is not valid text; the column is named.
+    """
+    return _texts(_plain(array, name))
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    check_columns(batch.schema.names, [name], what="the table")
+    if batch.schema.get_field_index(name) < 0:  # the names of a wide table take a while to list
+        check_columns(batch.schema.names, [name], what="the table")
     return batch.column(name)
+
+
+def _plain_column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    return _plain(_column(batch, name), name)
+
+
+def _plain(array: pa.Array, name: str) -> pa.Array:
+    """The values behind an encoding; texts among them are texts."""
+    plain = plain_array(array)
+    if is_text(plain.type):
+        check_utf8(plain, what=f"column {name!r}")
+    return plain
 
 
 def _texts(array: pa.Array) -> pa.StringArray:
@@ -143,7 +168,7 @@ def _numbers(array: pa.Array, name: str) -> NDArray[np.float64]:
     elif not is_number(array.type):
         raise SourceError(f"column {name!r} is numeric in the recipe, but of type {array.type} here")
     numbers_N: NDArray[np.float64] = (
-        array.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy(zero_copy_only=False) + 0.0
+        array.cast(pa.float64(), safe=False).fill_null(_NAN).to_numpy(zero_copy_only=False) + 0.0
     )
     _check_finite(numbers_N, name)
     numbers_N[np.isnan(numbers_N)] = np.nan  # one bit pattern
@@ -152,7 +177,7 @@ def _numbers(array: pa.Array, name: str) -> NDArray[np.float64]:
 
 def _parsed(texts: pa.StringArray, name: str) -> pa.DoubleArray:
     trimmed = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
-    for word, digit in (("true", "1"), ("false", "0")):
+    for word, digit in _BOOLEANS:
         trimmed = pc.if_else(pc.equal(trimmed, word), digit, trimmed)
     try:
         return trimmed.cast(pa.float64())
@@ -192,7 +217,7 @@ def _vectors(array: pa.Array, name: str, *, size: int) -> pa.FixedSizeListArray:
     if not pa.types.is_fixed_size_list(array.type) or array.type.list_size != size:
         raise SourceError(f"column {name!r} is a vector of {size} numbers in the recipe, but of type {array.type} here")
     # Not flatten(), which leaves out the elements of a missing list.
-    elements = plain_array(array.values.slice(array.offset * size, len(array) * size))
+    elements = _plain(array.values.slice(array.offset * size, len(array) * size), name)
     absent = np.repeat(array.is_null().to_numpy(zero_copy_only=False), size) if array.null_count else None
     if pa.types.is_uint8(elements.type) or pa.types.is_boolean(elements.type):
         elements = elements.cast(pa.uint8())
@@ -218,13 +243,12 @@ def _singles(elements: pa.Array, name: str) -> NDArray[np.float32]:
     return numbers
 
 
-def _labels(array: pa.Array, name: str, classes: Sequence[str]) -> pa.Int32Array:
-    if array.null_count:
+def _labels(plain: pa.Array, name: str, classes: Sequence[str]) -> pa.Int32Array:
+    if plain.null_count:
         raise SourceError(
-            f"label {name!r}: {array.null_count} of {len(array)} records read so far have no label",
+            f"label {name!r}: {plain.null_count} of {len(plain)} records read so far have no label",
             hint="Label these records, or leave them out of the source.",
         )
-    plain = plain_array(array)
     if not (is_text(plain.type) or pa.types.is_integer(plain.type) or pa.types.is_boolean(plain.type)):
         raise SourceError(f"label {name!r} is of type {plain.type}; expected integers, text or booleans")
     texts = _texts(plain)
@@ -233,7 +257,7 @@ def _labels(array: pa.Array, name: str, classes: Sequence[str]) -> pa.Int32Array
         unknown = pc.unique(texts.filter(indices.is_null())).to_pylist()
         shown = ", ".join(repr(value) for value in sorted(unknown)[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
         raise SourceError(
-            f"label {name!r}: {indices.null_count} of {len(array)} records read so far have a label outside "
+            f"label {name!r}: {indices.null_count} of {len(plain)} records read so far have a label outside "
             f"data.classes: {shown}",
             hint=f"Declared are {', '.join(map(repr, classes))}. Add the class, or leave these records out of the source.",
         )

@@ -23,19 +23,28 @@ def excluded_rows(
     Args:
         records: N canonical record ids.
         subjects: N canonical ids of their owners.
-        exclusions: Pairs of kind (``"record"`` or ``"subject"``) and digest.
+        exclusions: Pairs of kind (``"record"`` or ``"subject"``) and digest, in which membership is cheap to tell.
         exclusion_key: The store's exclusion key.
 
     Returns:
         (N,) bool.
     """
     marked_N = np.zeros(len(records), np.bool_)
-    kinds = {kind for kind, _ in exclusions}
+    kinds = _kinds(exclusions, most=len(records))
     if "record" in kinds:
         marked_N |= _marked(records, "record", exclusions, exclusion_key)
     if "subject" in kinds:
         marked_N |= _marked(subjects, "subject", exclusions, exclusion_key)
     return marked_N
+
+
+def _kinds(exclusions: Collection[tuple[str, bytes]], *, most: int) -> Collection[str]:
+    """Tell which kinds may occur, walking over ``most`` exclusions at most.
+
+    A kind that doesn't occur saves a hash for each row. Exclusions may outnumber the rows of a partition by far,
+    and this is asked for each partition: then a walk over all of them would cost more than the hashes.
+    """
+    return {kind for kind, _ in exclusions} if len(exclusions) <= most else ("record", "subject")
 
 
 def _marked(

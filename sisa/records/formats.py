@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sisa.records.kinds import plain_type
 
 BATCH_BYTES = 8 * 2**20
 MOST_ROWS, LEAST_ROWS = 65_536, 256
-CSV_BLOCK_BYTES = 2 * 2**20
+CSV_BLOCK_BYTES, MOST_CSV_BLOCK_BYTES = 2 * 2**20, 64 * 2**20
 
 Reader = Callable[[Path, Sequence[str]], Iterator[pa.RecordBatch]]
 
@@ -45,27 +46,60 @@ def _width(type_: pa.DataType) -> int:
 
 
 def format_of(path: Path) -> str:
-    """Tell a file's format from its first bytes; CSV, which has none, from its name.
+    """Tell a file's format from its magic bytes; CSV, which has none, from its name.
 
     Raises:
         SourceError: It is none that can be read.
     """
-    with path.open("rb") as stream:
-        head = stream.read(8)
-    if not head:
+    head, tail, size_bytes = _ends(path)
+    if not size_bytes:
         raise SourceError(f"{str(path)!r} is an empty file", hint="Write the file again, or leave it out.")
-    if head[:4] == b"PAR1":
-        return "parquet"
-    if head[:6] == b"ARROW1":
-        return "ipc file"
-    if head[:4] == b"\xff\xff\xff\xff":
-        return "ipc stream"
-    if path.suffix.lower() == ".csv":
+    found = _by_magic(head, tail, size_bytes)
+    if found is not None:
+        return found
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
         return "csv"
+    if head.startswith(_PARQUET) and suffix in _PARQUET_SUFFIXES:
+        return "parquet"  # cut short or damaged: its reader says so
     raise SourceError(
         f"{str(path)!r} is no table that can be read; expected Parquet, Arrow IPC, or CSV (named *.csv)",
         hint="Convert the file to Parquet.",
     )
+
+
+def is_table(path: Path) -> bool:
+    """Tell a table (by its magic bytes or its name) from a text that merely starts like one.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    return path.suffix.lower() in {".csv", *_PARQUET_SUFFIXES} or _by_magic(*_ends(path)) is not None
+
+
+_PARQUET, _IPC_FILE, _IPC_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_END_BYTES = 8
+
+
+def _ends(path: Path) -> tuple[bytes, bytes, int]:
+    """Return the first and the last 8 bytes of a file, and its size in bytes."""
+    with path.open("rb") as stream:
+        head = stream.read(_END_BYTES)
+        size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size_bytes - _END_BYTES))
+        return head, stream.read(), size_bytes
+
+
+def _by_magic(head: bytes, tail: bytes, size_bytes: int) -> str | None:
+    """Tell a format by its magic in full: ids may be words like PAR1 or ARROW1."""
+    if head.startswith(_PARQUET) and tail.endswith(_PARQUET):
+        # Between its magic, and before the one at the end, a footer has room whose length stands there in four bytes.
+        footer_bytes = int.from_bytes(tail[:4], "little")
+        return "parquet" if len(_PARQUET) + footer_bytes + _END_BYTES <= size_bytes else None
+    if head == _IPC_FILE:
+        return "ipc file"
+    return "ipc stream" if head.startswith(_IPC_STREAM) else None
 
 
 def _open_parquet(path: Path) -> tuple[pa.Schema, int | None, Reader]:
@@ -76,8 +110,21 @@ def _open_parquet(path: Path) -> tuple[pa.Schema, int | None, Reader]:
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     # A buffer for each column instead of whole row groups, which may be as large as the file.
     with papq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
-        size = batch_rows(pa.schema([file.schema_arrow.field(name) for name in columns]))
-        yield from file.iter_batches(batch_size=size, columns=list(columns), use_threads=False)
+        schema = file.schema_arrow  # converted anew each time
+        chosen = pa.schema([schema.field(name) for name in columns])
+        _check_lists(chosen, path)
+        yield from file.iter_batches(batch_size=batch_rows(chosen), columns=list(columns), use_threads=False)
+
+
+def _check_lists(schema: pa.Schema, path: Path) -> None:
+    """Refuse lists of no elements, which the reader of Parquet takes for damage."""
+    for field in schema:
+        type_ = plain_type(field.type)
+        if pa.types.is_fixed_size_list(type_) and not type_.list_size:
+            raise SourceError(
+                f"{str(path)!r}: column {field.name!r} is a list of 0 elements; expected at least 1",
+                hint="Leave the column out of the file.",
+            )
 
 
 def _open_ipc_file(path: Path) -> tuple[pa.Schema, int | None, Reader]:
@@ -103,11 +150,22 @@ def _read_ipc_stream(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBa
 
 
 def _cut(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    batch.validate(full=True)  # IPC has no checksums: at least no offset may point outside
     chosen = batch.select(list(columns))
+    for column in chosen.columns:
+        _texts_as_bytes(column).validate(full=True)  # IPC has no checksums: at least no offset may point outside
     size = batch_rows(chosen.schema)
     for start in range(0, chosen.num_rows, size):
         yield chosen.slice(start, size)
+
+
+_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def _texts_as_bytes(array: pa.Array) -> pa.Array:
+    """View texts as bytes: whether they are UTF-8 is for whoever reads them, and can name the column."""
+    if isinstance(array, pa.DictionaryArray):
+        return pa.DictionaryArray.from_arrays(array.indices, _texts_as_bytes(array.dictionary), safe=False)
+    return array.view(_BYTES[array.type]) if array.type in _BYTES else array
 
 
 def _open_csv(path: Path) -> tuple[pa.Schema, int | None, Reader]:
@@ -119,6 +177,17 @@ def _open_csv(path: Path) -> tuple[pa.Schema, int | None, Reader]:
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with _csv_reader(path, columns) as reader:
         yield from reader
+
+
+def _csv_block_bytes(path: Path) -> int:
+    """Return how many bytes to parse at a time: as many as hold enough rows, within limits.
+
+    Each block costs time for each column. If wide rows made blocks of a few rows, that would be time for each value.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(CSV_BLOCK_BYTES)
+    row_bytes = len(start) // max(1, start.count(b"\n"))
+    return max(CSV_BLOCK_BYTES, min(MOST_CSV_BLOCK_BYTES, LEAST_ROWS * row_bytes))
 
 
 @contextlib.contextmanager
@@ -133,6 +202,7 @@ def _csv_reader(path: Path, columns: Sequence[str] | None) -> Iterator[pacsv.CSV
     convert = pacsv.ConvertOptions()
     if columns is not None:
         convert = pacsv.ConvertOptions(
+            check_utf8=False,  # left to whoever reads the texts, and can name the column
             column_types=dict.fromkeys(columns, pa.string()),
             include_columns=list(columns),
             null_values=[""],
@@ -142,7 +212,7 @@ def _csv_reader(path: Path, columns: Sequence[str] | None) -> Iterator[pacsv.CSV
     try:
         with pacsv.open_csv(
             path,
-            read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=_csv_block_bytes(path)),
             parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=refuse),
             convert_options=convert,
         ) as reader:

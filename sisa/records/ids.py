@@ -9,10 +9,9 @@ import pyarrow as pa
 
 from sisa.errors import SourceError, UserError
 from sisa.records.encode import nearest
+from sisa.records.formats import is_table
 from sisa.records.source import open_source
 from sisa.routing.ids import canonical_ids
-
-_HEADS = (b"PAR1", b"ARRO", b"\xff\xff\xff\xff")
 
 
 def read_ids(
@@ -20,7 +19,8 @@ def read_ids(
 ) -> tuple[Literal["subject", "record"], list[str]]:
     """Read ids: one on each line of a text file, or the id column of a table.
 
-    A table's subjects are meant if it has their column, else its records. Lines are subjects.
+    A table's subjects are meant if it has their column, else its records. Lines are subjects. A line is an id
+    as it stands: spaces belong to ids, so "a " must not delete "a". Lines without anything are skipped.
 
     Args:
         path: A text file, or Parquet, Arrow IPC or CSV (named ``*.csv``).
@@ -35,12 +35,13 @@ def read_ids(
     """
     path = Path(path)
     try:
-        with path.open("rb") as stream:
-            head = stream.read(4)
-        if not head.startswith(_HEADS) and path.suffix.lower() != ".csv":
-            return "subject", _unique([line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")], path)
+        if not is_table(path):
+            # As bytes: reading as text would turn a lone carriage return, which may belong to an id, into an end of line.
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
+            return "subject", _unique([line.removesuffix("\r") for line in lines], path)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is neither a table nor UTF-8 text"
+        other = "it is neither a table nor UTF-8 text" if isinstance(error, UnicodeDecodeError) else "it is no file"
+        reason = getattr(error, "strerror", None) or other
         raise UserError(f"--from {str(path)!r} can't be read: {reason}", hint="Give one id per line.") from error
     source = open_source(str(path), name="--from")
     column = next((name for name in (subject_column, record_column) if name in source.schema.names), None)

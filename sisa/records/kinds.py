@@ -67,6 +67,8 @@ def kind_problem(type_: pa.DataType, kind: Kind | None, *, csv: bool) -> str:
         return "" if kind in {"numeric", "categorical"} else "all values are missing; declare its type"
     if default_kind(type_) is None:
         return f"{_described(inner)} is not supported yet; expected numbers, text or fixed-size lists of numbers"
+    if pa.types.is_fixed_size_list(inner) and not inner.list_size:
+        return "a list of 0 numbers says nothing; expected a fixed-size list of at least 1 number"
     if pa.types.is_fixed_size_list(inner) and not is_number(plain_type(inner.value_type)):
         return f"a list of {inner.value_type} is not supported yet; expected a list of numbers"
     return _kind_mismatch(inner, kind)

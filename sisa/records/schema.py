@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from sisa.errors import RecipeError
 from sisa.recipe import ColumnSpec, Recipe
 from sisa.recipe.schema import RESERVED_PREFIX
+from sisa.recipe.wording import NAMED, some_of
 from sisa.records.encode import label_texts, nearest
 from sisa.records.kinds import Kind, default_kind, is_number, kind_problem, label_problem, plain_type
 from sisa.records.source import Source
@@ -38,13 +39,14 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
             lines to paste where classes or column types are missing.
         SourceError: The table can't be read.
     """
+    there = set(source.schema.names)
     problems = _column_problems(recipe, source.schema)
     features = _features(recipe, source.schema)
     paste: list[str] = []
     columns: dict[str, ColumnSpec] = {}
     undeclared: list[str] = []
     for name in features:
-        if name not in source.schema.names:
+        if name not in there:
             continue
         declared = recipe.data.columns.get(name, ColumnSpec())
         if source.csv and _declared_kind(declared) is None:
@@ -58,7 +60,7 @@ def resolve(recipe: Recipe, source: Source) -> Recipe:
     problems += _image_problems(recipe, columns, features)
     if recipe.data.classes is None:
         problems.append("data.classes: missing; classes are declared, never inferred from the table")
-        if recipe.data.label in source.schema.names and not label_problem(source.schema.field(recipe.data.label).type):
+        if recipe.data.label in there and not label_problem(source.schema.field(recipe.data.label).type):
             paste += _classes_line(source, recipe.data.label)
     paste += _types_lines(source, undeclared)
     if problems:
@@ -73,9 +75,10 @@ def check_fits(recipe: Recipe, source: Source) -> None:
     Raises:
         RecipeError: It hasn't; every problem is listed.
     """
+    there = set(source.schema.names)
     problems = _column_problems(recipe, source.schema)
     for name, spec in recipe.data.columns.items():
-        if name in source.schema.names:
+        if name in there:
             problem = kind_problem(source.schema.field(name).type, spec.type, csv=source.csv)
             size = _list_size(source.schema.field(name).type)
             if not problem and spec.type == "vector" and size != spec.size:
@@ -115,23 +118,26 @@ def _features(recipe: Recipe, schema: pa.Schema) -> list[str]:
 def _column_problems(recipe: Recipe, schema: pa.Schema) -> list[str]:
     """Problems of columns that are missing, and of ids and label."""
     data = recipe.data
+    there = set(schema.names)
     wanted = [("record_id", data.record_id)]
     if data.subject_column != data.record_id:
         wanted.append(("subject_id", data.subject_column))
     wanted.append(("label", data.label))
     problems = []
     for field, name in wanted:
-        if name not in schema.names:
+        if name not in there:
             problems.append(f"data.{field}: the table has no column {name!r}{_suggestion(name, schema)}")
             continue
         type_ = schema.field(name).type
         problem = label_problem(type_) if field == "label" else id_type_problem(type_)
         problems += [f"data.{field}: {name!r}: {problem}"] * bool(problem)
     features = _features(recipe, schema)
+    missing = [name for name in features if name not in there]
+    # A search for near names takes a moment, and the wrong table may lack thousands of columns.
+    suggestions = [_suggestion(name, schema) for name in missing[:NAMED]] + [""] * len(missing[NAMED:])
     problems += [
-        f"data.features: the table has no column {name!r}{_suggestion(name, schema)}"
-        for name in features
-        if name not in schema.names
+        f"data.features: the table has no column {name!r}{suggestion}"
+        for name, suggestion in zip(missing, suggestions, strict=True)
     ]
     if not features:
         problems.append("data.features: the table has no column besides ids and label")
@@ -139,14 +145,15 @@ def _column_problems(recipe: Recipe, schema: pa.Schema) -> list[str]:
 
 
 def _suggestion(name: str, schema: pa.Schema) -> str:
-    return nearest(name, schema.names) or f"; it has {', '.join(schema.names)}"
+    return nearest(name, schema.names) or f"; it has {some_of(schema.names)}"
 
 
 def _declaration_problems(recipe: Recipe, features: list[str]) -> list[str]:
+    known = set(features)
     problems = [
-        f"data.columns.{name}: no such feature; expected one of {', '.join(features)}"
+        f"data.columns.{name}: no such feature; expected one of {some_of(features)}"
         for name in recipe.data.columns
-        if name not in features
+        if name not in known
     ]
     problems += [
         f"data.features: {name!r}: names starting with {RESERVED_PREFIX!r} are reserved"
@@ -198,7 +205,7 @@ def _classes_line(source: Source, label: str) -> list[str]:
     type_ = plain_type(source.schema.field(label).type)
     values: set[str] = set()
     for batch in source.batches([label]):
-        values.update(pc.unique(label_texts(batch.column(0))).drop_null().to_pylist())
+        values.update(pc.unique(label_texts(batch.column(0), label)).drop_null().to_pylist())
         if len(values) > MOST_CLASSES:
             return []
     if is_number(type_) and not pa.types.is_boolean(type_):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def open_source(uri: str, *, name: str = "data.source") -> Source:
         with _explained(path, name):
             kind = format_of(path)
             found, count, reader = OPENERS[kind](path)
-        _check_names(found, path)
+            _check_names(found, path)
         csv.add(kind == "csv")
         if len(csv) > 1:
             raise SourceError(f"{name} {uri!r} mixes CSV and typed files", hint="Use one format for all files.")
@@ -135,7 +136,7 @@ def _explained(path: Path, name: str) -> Iterator[None]:
 
 
 def _check_names(schema: pa.Schema, path: Path) -> None:
-    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(schema.names).items() if count > 1)
     if twice:
         raise SourceError(
             f"{str(path)!r} has more than one column named {', '.join(map(repr, twice))}",

@@ -1,11 +1,12 @@
 """Pure: from an id and a secret key to a shard and a slice. Nothing here reads or writes anything."""
 
-from sisa.routing.ids import canonical_id, canonical_ids
+from sisa.routing.ids import canonical_id, canonical_ids, id_text
 from sisa.routing.keys import (
     ShardKeys,
     StoreKeys,
     derive,
     exclusion_digest,
+    exclusion_digests,
     new_key,
     parse_key,
     shard_keys,
@@ -22,6 +23,8 @@ __all__ = [
     "canonical_ids",
     "derive",
     "exclusion_digest",
+    "exclusion_digests",
+    "id_text",
     "new_key",
     "parse_key",
     "shard_keys",

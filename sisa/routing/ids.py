@@ -2,6 +2,9 @@
 
 Integers are decimal, texts are NFC, UUIDs are the lower-case form with hyphens. An id that is missing or
 empty names nobody, and a float or a date has more than one text: these are refused, never guessed.
+
+NFC is Python's own (:mod:`unicodedata`) everywhere, for one text as for a column of them: other libraries
+follow other versions of Unicode, and an id would be another one when it is typed than when it is read.
 """
 
 from __future__ import annotations
@@ -32,6 +35,32 @@ def canonical_id(text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError("an id is not valid Unicode text", hint="Give the id in UTF-8.") from error
     return unicodedata.normalize("NFC", text)
+
+
+def id_text(value: object, *, where: str) -> str:
+    """Return the text of an id that a program gives: what a column of that type would have it be.
+
+    Args:
+        value: A text, an integer (Python's or numpy's) or a UUID.
+        where: What the caller calls it (an argument, a field), for messages.
+
+    Raises:
+        UserError: It is of another type, which may have more than one text.
+
+    >>> id_text(17, where="subjects")
+    '17'
+    """
+    if isinstance(value, str):
+        return str.__str__(value)  # an enumeration's member is its value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    kind = "None" if value is None else f"a value of type {type(value).__name__}"
+    raise UserError(
+        f"{where}: expected ids that are texts, integers or UUIDs, got {kind}",
+        hint="Give each id as the table has it, as a text if in doubt.",
+    )
 
 
 def canonical_ids(array: pa.Array | pa.ChunkedArray, *, column: str) -> pa.StringArray:
@@ -81,10 +110,7 @@ def _texts(array: pa.Array, column: str) -> pa.StringArray:
     if not is_text(array.type):
         return array.cast(pa.string())
     texts = array if pa.types.is_string(array.type) else array.cast(pa.string())
-    try:
-        texts.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"column {column!r}: an id is not valid UTF-8 text") from error
+    check_utf8(texts, what=f"column {column!r}")
     empty = int(np.count_nonzero(np.diff(_offsets(texts)) == 0))
     if empty:
         raise SourceError(
@@ -94,11 +120,42 @@ def _texts(array: pa.Array, column: str) -> pa.StringArray:
     return nfc(texts)
 
 
+def check_utf8(texts: pa.StringArray, *, what: str) -> None:
+    """Make sure that texts are texts: Arrow takes any bytes for one, and stumbles where it looks into them.
+
+    Args:
+        texts: N texts, nulls among them or not.
+        what: Where they come from, for the message.
+
+    Raises:
+        SourceError: Some aren't valid UTF-8.
+    """
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        wrong = sum(not _is_utf8(content) for content in texts.view(pa.binary()).to_pylist())
+        raise SourceError(
+            f"{what}: {wrong} of {len(texts)} texts read so far are not valid UTF-8",
+            hint="Write them as UTF-8 (a whole CSV file can be converted with iconv), or leave these rows out.",
+        ) from error
+
+
 def nfc(texts: pa.StringArray) -> pa.StringArray:
-    """Normalise texts to NFC; ASCII is NFC already."""
-    if pc.all(pc.string_is_ascii(texts)).as_py() is not False:
+    """Normalise valid texts to NFC; ASCII is NFC already, and most texts are ASCII."""
+    ascii_N = pc.string_is_ascii(texts)
+    if pc.all(ascii_N).as_py() is not False:
         return texts
-    return pc.utf8_normalize(texts, form="NFC")
+    others_N = pc.invert(ascii_N).fill_null(False)
+    normal = [unicodedata.normalize("NFC", text) for text in texts.filter(others_N).to_pylist()]
+    return pc.replace_with_mask(texts, others_N, pa.array(normal, pa.string()))
+
+
+def _is_utf8(content: bytes | None) -> bool:
+    try:
+        (content or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _offsets(texts: pa.StringArray) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,9 +110,24 @@ def exclusion_digest(exclusion_key: bytes, kind: Literal["subject", "record"], i
         kind: What ``id_`` names; the same text as a subject and as a record has two digests.
         id_: Canonical text form of the id.
     """
-    hasher = exclusion_hasher(exclusion_key, kind)
-    hasher.update(id_.encode("utf-8"))
-    return hasher.digest()
+    return exclusion_digests(exclusion_key, kind, [id_])[0]
+
+
+def exclusion_digests(exclusion_key: bytes, kind: Literal["subject", "record"], ids: Iterable[str]) -> list[bytes]:
+    """Return the :func:`exclusion_digest` of each of many ids of one kind, in their order.
+
+    Args:
+        exclusion_key: The store's exclusion key.
+        kind: What the ids name.
+        ids: Canonical text forms.
+    """
+    base = exclusion_hasher(exclusion_key, kind)
+    digests = []
+    for id_ in ids:
+        hasher = base.copy()  # the key is derived and hashed once, not once an id
+        hasher.update(id_.encode("utf-8"))
+        digests.append(hasher.digest())
+    return digests
 
 
 def exclusion_hasher(exclusion_key: bytes, kind: Literal["subject", "record"]) -> hashlib.blake2b:
