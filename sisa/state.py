@@ -54,7 +54,19 @@ def full_digest(state: StageState) -> str:
     Raises:
         ValueError: A scalar isn't plain JSON data.
     """
-    return _digest(b"sisa-full-1", state.tensors, state.scalars)
+    return digests(state)[1]
+
+
+def digests(state: StageState) -> tuple[str, str]:
+    """Return the state digest and the full digest; no byte is hashed twice, the second covers the first.
+
+    Raises:
+        ValueError: A scalar isn't plain JSON data.
+    """
+    served = state_digest(state)
+    tensors = {name: array for name, array in state.tensors.items() if not name.startswith(ANSWERING)}
+    scalars = {name: value for name, value in state.scalars.items() if not name.startswith("preprocess.")}
+    return served, _digest(b"sisa-full-2 " + served.encode(), tensors, scalars)
 
 
 def _digest(domain: bytes, tensors: Mapping[str, np.ndarray[Any, Any]], scalars: Mapping[str, JSON]) -> str:

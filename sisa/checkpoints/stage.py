@@ -18,7 +18,7 @@ from sisa.checkpoints.manifest import FORMAT, Manifest, StageId, sealed, unseale
 from sisa.checkpoints.packing import aligned_zeros, chunking, pack, plan, read_index, unpack
 from sisa.errors import DamagedError, StoreError
 from sisa.files import publish_folder, remove, temporary_beside
-from sisa.state import JSON, StageState, full_digest, state_digest
+from sisa.state import JSON, StageState, digests
 
 METADATA: Final = "zarr.json"
 EMPTY_GROUP: Final[dict[str, JSON]] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
@@ -26,6 +26,7 @@ EMPTY_GROUP: Final[dict[str, JSON]] = {"attributes": {}, "zarr_format": 3, "node
 
 _TENSORS: Final = ("model.", "buffer.", "preprocess.", "optimizer.", "schedule.")
 _SCALARS: Final = ("preprocess.", "optimizer.", "schedule.", "rng.")
+_CONTENT: Final = {"format", "manifest", "index", "scalars", "chunks", "chunk_bytes", "array"}
 _HEAL: Final = "Run `sisa repair`: it trains the stage again from the last good one."
 
 
@@ -69,11 +70,11 @@ def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str
     row = pack(state.tensors, entries, size_bytes=chunks * chunk_bytes)
     packed = StageState(unpack(row, entries), state.scalars)
     scratch = temporary_beside(target)
-    with ThreadPoolExecutor(2) as pool:  # hashes the very bytes that are on their way to disk
-        served, whole = pool.submit(state_digest, packed), pool.submit(full_digest, packed)
+    with ThreadPoolExecutor(1) as pool:  # hashes the very bytes that are on their way to disk
+        hashed = pool.submit(digests, packed)
 
         def attributes(array: Mapping[str, JSON]) -> dict[str, JSON]:
-            manifest = describe(served.result(), whole.result(), sum(entry.bytes for entry in entries))
+            manifest = describe(*hashed.result(), sum(entry.bytes for entry in entries))
             content: dict[str, JSON] = {
                 "format": FORMAT,
                 "manifest": manifest.to_json(),
@@ -91,9 +92,9 @@ def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str
         except BaseException as error:
             remove(scratch)
             if _is_taken(error):
-                return False, whole.result()
+                return False, hashed.result()[1]
             raise
-    return True, whole.result()
+    return True, hashed.result()[1]
 
 
 def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manifest]:
@@ -111,6 +112,8 @@ def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manif
         content = unsealed(attributes["sisa"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        if content.keys() != _CONTENT:
+            raise ValueError("it has other fields than a stage")
         manifest = Manifest.from_json(content["manifest"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
@@ -138,7 +141,7 @@ def read_stage(folder: Path, stage_id: StageId) -> tuple[Manifest, StageState]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = group.damaged_chunks(folder, chunks=chunks) or [str(error)]
         raise damage(folder, stage_id, "; ".join(found)) from error
-    if full_digest(state) != manifest.full_digest:
+    if digests(state) != (manifest.state_digest, manifest.full_digest):
         raise damage(folder, stage_id, "its bytes are not those of its digest")
     return manifest, state
 
