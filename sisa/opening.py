@@ -16,7 +16,7 @@ from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_dur
 from sisa.layout import Layout
 from sisa.ledger import Ledger
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
-from sisa.routing.keys import StoreKeys, new_key, parse_key
+from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
 
 PARTS = frozenset(
@@ -111,6 +111,13 @@ def open_store(layout: Layout) -> OpenStore:
             "recipe.yaml of the store was edited after training: its digest is not the one in the ledger",
             hint="Restore the file; to train under another recipe, train into another store.",
         )
+    for name, key in (("routing_key", keys.routing), ("exclusion_key", keys.exclusion)):
+        if ledger.fact(name) != _key_check(name, key):
+            ledger.close()
+            raise DamagedError(
+                f"keys/{name.replace('_', '.')} is not the key that this store was made with",
+                hint="Restore the key file: under another key nobody is found who was deleted, and no record is placed.",
+            )
     return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints))
 
 
@@ -137,9 +144,9 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
     with FileLock(layout.lock("create")).held():
         if is_store(layout):
             return open_store(layout)
-        if layout.ledger.is_file() and layout.ledger.stat().st_size and _ingested(layout):
+        if any(path.is_file() for path in layout.records.rglob("*")) or _ingested(layout):
             raise DamagedError(
-                "recipe.yaml of the store is missing, but its ledger says that records were ingested",
+                "recipe.yaml of the store is missing, but records were ingested",
                 hint="Restore recipe.yaml from a copy: making the store anew would forget who was deleted.",
             )
         make_folder(layout.keys)
@@ -152,7 +159,11 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
             if leftover.exists():
                 remove(leftover)
         ledger = Ledger.create(layout.ledger)
-        ledger.remember(recipe=_seal(frozen_recipe(recipe)))
+        ledger.remember(
+            recipe=_seal(frozen_recipe(recipe)),
+            routing_key=_key_check("routing_key", routing_key),
+            exclusion_key=_key_check("exclusion_key", _stored_key(layout.exclusion_key)),
+        )
         ledger.close()
         make_folder(layout.records)
         make_folder(layout.checkpoints)
@@ -162,7 +173,9 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
 
 
 def _ingested(layout: Layout) -> bool:
-    """Say whether a ledger that lies there closed its ingest; one that a crash left unfinished didn't."""
+    """Say whether a ledger lies there that closed its ingest; one that a crash left unfinished didn't."""
+    if not layout.ledger.is_file() or not layout.ledger.stat().st_size:
+        return False
     try:
         ledger = Ledger.open(layout.ledger)
     except DamagedError:
@@ -171,6 +184,30 @@ def _ingested(layout: Layout) -> bool:
         return ledger.ingested
     finally:
         ledger.close()
+
+
+def renew_exclusion_key(layout: Layout) -> None:
+    """Replace the exclusion key by a new one: nobody can tell any more who was deleted, this program included.
+
+    Killed half-way it leaves a store that doesn't open until this is run again.
+
+    Raises:
+        BusyError: Another operation holds the store.
+        DamagedError: The ledger is missing or damaged.
+    """
+    with FileLock(layout.lock("operation")).held(timeout_s=0):
+        ledger = Ledger.open(layout.ledger)
+        key = new_key()
+        write_durably(layout.exclusion_key, key.hex().encode() + b"\n", mode=0o600)
+        with ledger.database.transaction():
+            ledger.remember(exclusion_key=_key_check("exclusion_key", key))
+            ledger.database.note("exclusion_key_renewed")
+        ledger.close()
+
+
+def _key_check(name: str, key: bytes) -> str:
+    """Return what the ledger remembers of a key: enough to tell another one, nothing of this one."""
+    return derive(key, "key-check", name).hex()
 
 
 def _seal(recipe: Recipe) -> str:

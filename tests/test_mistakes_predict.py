@@ -51,7 +51,9 @@ def alone(store, tmp_path, shard, stage):
     only = copied(store, tmp_path, name="alone")
     ledger = only.opened.ledger
     (row,) = [row for row in ledger.stages.all(shard) if row.stage == stage]
-    ledger.versions.publish([Member(shard, stage, row.key, row.platform)], cause="train")
+    absent = [Member(k, 0, "", "") for k in range(only.opened.shards) if k != shard]
+    voter = Member(shard, stage, row.key, row.platform)
+    ledger.versions.publish(sorted([*absent, voter], key=lambda member: member.shard), cause="train")
     return only.predict_proba(TABLE)
 
 

@@ -132,7 +132,7 @@ def test_12_a_replay_of_some_trains_these_from_their_first_stage(store, stages_r
 
 def test_12_a_replay_reads_no_checkpoint(store, monkeypatch):
     """Every stage of the store is made unreadable while the replay trains."""
-    from sisa.proof import verify as proof
+    from sisa.proof import replay as proof
 
     real = proof.build
 
@@ -154,10 +154,11 @@ def test_12_a_replay_finds_weights_that_nobody_trained(store, stage):
     row, identity, state = held(store, 1, stage)
     weight = state.tensors["model.0.bias"].copy()
     weight[0] += 1e-3
+    manifest = store.opened.checkpoints.manifest(identity)
     forged = StageState({**state.tensors, "model.0.bias": weight}, state.scalars)
     store.opened.checkpoints.remove(identity)
-    told = {"parent_key": row.parent_key, "records": row.records, "seconds": 1.0, "worker": row.worker}
-    store.opened.checkpoints.write(identity, forged, **told, fingerprint={})
+    told = {name: getattr(manifest, name) for name in ("parent_key", "records", "fingerprint", "epochs", "steps")}
+    store.opened.checkpoints.write(identity, forged, **told, seconds=1.0, worker="host:1")
     with sqlite3.connect(store.opened.layout.ledger) as ledger:
         values = (state_digest(forged), full_digest(forged), row.key)
         ledger.execute("UPDATE stages SET state_digest = ?, full_digest = ? WHERE key = ?", values)

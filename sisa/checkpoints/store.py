@@ -13,6 +13,7 @@ What voids this: writing below the root by other means, and a disk that says "du
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -156,13 +157,25 @@ class CheckpointStore:
     def sweep(self, shard: int, *, keep: Callable[[StageId], bool]) -> list[StageId]:
         """Erase what was left unfinished in a shard and every stage that ``keep`` refuses; return those stages.
 
-        The caller holds the shard's lock: another's unfinished stage would go too.
+        Groups around the stages that stay are written again if they are lost or changed. The caller holds the
+        shard's lock: another's unfinished stage would go too.
         """
-        sweep_temporary(self.root / shard_folder(shard))
-        doomed = [stage_id for stage_id in self.list_shard(shard) if not keep(stage_id)]
+        folder = self.root / shard_folder(shard)
+        sweep_temporary(folder)
+        stages = self.list_shard(shard)
+        doomed = [stage_id for stage_id in stages if not keep(stage_id)]
         for stage_id in doomed:
             self.remove(stage_id)
+        if len(doomed) < len(stages):
+            with contextlib.suppress(OSError):  # a full disk must not keep anything from being erased
+                self._make_groups(folder)
         return doomed
+
+    def missing_groups(self) -> list[Path]:
+        """Return the metadata of groups around stages that isn't there: a reader of Zarr would find no stage."""
+        shards = sorted({stage_id.shard for stage_id in self.all_stages()})
+        folders = [self.root, *(self.root / shard_folder(shard) for shard in shards)] if shards else []
+        return [folder / METADATA for folder in folders if not os.path.lexists(folder / METADATA)]
 
     def strays(self) -> list[Path]:
         """Return every path below the root that is no part of a stage or of the groups around them, sorted.

@@ -23,6 +23,9 @@ from sisa.opening import OpenStore
 
 TRIES = 100
 """How often an answer is computed again because versions changed under it."""
+MEND = (
+    "The ledger was changed by other means. `sisa verify` lists what is wrong; `sisa repair` publishes a version anew."
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class LiveEnsemble:
     def __init__(self, store: OpenStore) -> None:
         _check_model_source(store)
         self._store = store
-        self._loaded: dict[tuple[str, str], Constituent] = {}
+        self._loaded: dict[Member, Constituent] = {}
 
     def answer(self, columns: Columns) -> Answer:
         """Return the ensemble's scores for a batch of rows.
@@ -65,29 +68,40 @@ class LiveEnsemble:
         while True:
             version = self._store.ledger.versions.live()
             members = [member for member in version.members if member.stage > 0]
-            if not members:
-                raise self._nobody(version)
             try:
+                self._check_shards(version)
+                if not members:
+                    raise self._nobody(version)
                 voters = [self._constituent(member) for member in members]
             except DamagedError:
                 if self._store.ledger.versions.live_number() != version.number:
                     continue
                 raise
-            wanted = {(member.key, member.platform) for member in members}
-            self._loaded = {name: voter for name, voter in self._loaded.items() if name in wanted}
+            self._loaded = dict(zip(members, voters, strict=True))
             return version, voters
 
+    def _check_shards(self, version: Version) -> None:
+        """Make sure that each shard has one voice, or none and says so."""
+        shards = [member.shard for member in version.members]
+        if version.number and shards != list(range(self._store.shards)):
+            raise DamagedError(f"version {version.number} doesn't have exactly one member for each shard", hint=MEND)
+
     def _constituent(self, member: Member) -> Constituent:
-        name = (member.key, member.platform)
-        if name not in self._loaded:
+        if member not in self._loaded:
             store = self._store
             row = store.ledger.stages.get(member.key, member.platform)
             if row is None or row.tainted:
                 raise DamagedError(f"stage {member.stage} of shard {member.shard} is not in the ledger any more")
+            if (row.shard, row.stage) != (member.shard, member.stage):
+                raise DamagedError(
+                    f"shard {member.shard} would be served from stage {row.stage} of shard {row.shard}, "
+                    f"not from its own stage {member.stage}",
+                    hint=MEND,
+                )
             identity = StageId(row.shard, row.stage, row.key, row.platform)
             _, state = store.checkpoints.load(identity, expect_full_digest=row.full_digest)
-            self._loaded[name] = Constituent.from_state(store.recipe, len(store.classes), state)
-        return self._loaded[name]
+            self._loaded[member] = Constituent.from_state(store.recipe, len(store.classes), state)
+        return self._loaded[member]
 
     def _nobody(self, version: Version) -> NoConstituentError:
         if version.number == 0:

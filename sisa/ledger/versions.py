@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sisa.ledger.database import Database, now
-from sisa.ledger.stages import Stages
+from sisa.ledger.stages import StageRow, Stages
 
 
 @dataclass(frozen=True)
@@ -91,29 +91,38 @@ class Versions:
             best: dict[int, Member] = {shard: Member(shard, 0, "", "") for shard in range(shards)}
             for row in self._stages.all():
                 usable = not row.tainted and row.records > 0 and (row.code, row.platform) == (code, platform)
-                if usable and row.stage > best[row.shard].stage:
+                if usable and row.shard in best and row.stage > best[row.shard].stage:
                     best[row.shard] = Member(row.shard, row.stage, row.key, row.platform)
             members = tuple(best.values())
             live = self.live()
             return live.number if live.members == members else self.publish(members, cause=cause)
 
     def publish_fallback(self, tainted_from: Mapping[int, int], *, request: str) -> int:
-        """Publish the quarantine: each shard of ``tainted_from`` falls back below the stage given there."""
+        """Publish the quarantine: each shard of ``tainted_from`` falls back below the stage given there.
+
+        Any other member whose stage is tainted leaves the vote: it was never its own shard's.
+        """
         with self._db.transaction():
             members = []
             for member in self.live().members:
+                row = self._stages.get(member.key, member.platform)
                 first = tainted_from.get(member.shard)
-                if first is not None and member.stage >= first:
-                    members.append(self._below(member, first))
-                else:
-                    members.append(member)
+                affected = first is not None and member.stage >= first
+                if affected or (row is not None and row.tainted):
+                    member = self._below(member, row, first or 0)  # noqa: PLW2901 - the member that takes its place
+                members.append(member)
             return self.publish(members, cause="quarantine", request=request)
 
-    def _below(self, member: Member, first: int) -> Member:
-        """Walk up the chain to the newest stage before ``first``: those have never seen the record."""
-        row = self._stages.get(member.key, member.platform)
-        while row is not None and row.stage >= first:
+    def _below(self, member: Member, row: StageRow | None, first: int) -> Member:
+        """Walk up the chain to the newest stage before ``first``: those have never seen the record.
+
+        A link that leads anywhere but to the stage before, in the same shard, ends the walk: the shard is absent.
+        Acceptance is not refused for damage, and must not serve what another shard has seen.
+        """
+        place = (member.shard, member.stage)
+        while row is not None and (row.shard, row.stage) == place and row.stage >= first:
+            place = (row.shard, row.stage - 1)
             row = self._stages.get(row.parent_key, row.platform)
-        if row is None or row.tainted or row.records == 0:
+        if row is None or (row.shard, row.stage) != place or row.tainted or row.records == 0:
             return Member(member.shard, 0, "", "")
         return Member(member.shard, row.stage, row.key, row.platform)

@@ -1,58 +1,90 @@
-"""Checking the rows of one shard: placed by the key, nobody excluded among them, content as recorded."""
+"""Checking the rows of one shard: placed by the key, nobody excluded among them, content and counts as recorded."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from sisa.errors import SisaError
-from sisa.files import TEMPORARY
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
+from sisa.proof.problems import slice_name
 from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import PartitionRows, read_partition, stray_files
+from sisa.records.partition import PartitionRows, read_partition
 from sisa.routing.keys import shard_keys
 
 
-def check_rows(store: OpenStore, shard: int) -> tuple[list[str], list[str | None]]:
-    """Return what is wrong with a shard's rows, and the memberships of slices 1..R (None: unreadable)."""
+@dataclass(frozen=True)
+class SliceRows:
+    """What lies on disk for one slice."""
+
+    records: int
+    excluded: int
+    """How many of these are deleted people's."""
+    membership: str
+
+
+def check_rows(store: OpenStore, shard: int) -> tuple[list[str], list[SliceRows | None]]:
+    """Return what is wrong with a shard's rows, and what slices 0..R hold (None: unreadable)."""
     problems: list[str] = []
-    memberships: list[str | None] = []
-    keys = shard_keys(store.keys.routing, shard)
-    if shard == 0:
-        for path in stray_files(store.layout, store.shards, store.slices):
-            kind = "unfinished" if path.name.startswith(TEMPORARY) else "unknown"
-            problems.append(f"{path.relative_to(store.layout.root)}: {kind} file among the records")
-    for slice_ in range(store.slices + 1):
-        where = "holdout" if slice_ == HOLDOUT_SLICE else f"slice {slice_}"
+    found: list[SliceRows | None] = []
+    for slice_ in range(HOLDOUT_SLICE, store.slices + 1):
         try:
-            rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
+            expected, rows = _read(store, shard, slice_)
         except SisaError as error:
             problems.append(error.message)
-            memberships.append(None)
+            found.append(None)
             continue
-        problems += [f"shard {shard}, {where}: {text}" for text in _faults(store, shard, slice_, rows)]
-        memberships.append(rows.membership)
-    return problems, memberships[1:]
+        excluded = _excluded(store, rows)
+        faults = _uncounted(expected, rows)
+        if excluded:
+            faults.append(f"{excluded} rows of deleted people")
+        faults += _misplaced(store, shard, slice_, rows)
+        problems += [f"{slice_name(shard, slice_)}: {fault}" for fault in faults]
+        found.append(SliceRows(len(rows.table), excluded, rows.membership))
+    return problems, found
 
 
-def _faults(store: OpenStore, shard: int, slice_: int, rows: PartitionRows) -> list[str]:
-    faults: list[str] = []
-    expected: Partition = store.ledger.partitions.get(shard, slice_)
+def _read(store: OpenStore, shard: int, slice_: int) -> tuple[Partition, PartitionRows]:
+    """Read a slice, and what the ledger expects of it at that moment: an erasure may be going on."""
+    keys = shard_keys(store.keys.routing, shard)
+    while True:
+        expected = store.ledger.partitions.get(shard, slice_)
+        rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
+        if store.ledger.partitions.get(shard, slice_) == expected:
+            return expected, rows
+
+
+def _uncounted(expected: Partition, rows: PartitionRows) -> list[str]:
+    records, subjects = len(rows.table), len(rows.table[SUBJECT].unique())
+    if expected.dirty and rows.membership == expected.next_membership:
+        return []  # killed between the file's replacement and the ledger's line about it
     if rows.membership != expected.membership:
-        faults.append(f"{len(rows.table)} rows, not the {expected.records} that the ledger expects")
-    exclusions = store.ledger.requests.exclusions()
-    excluded = excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions.keys(), store.keys.exclusion)
-    if excluded.any():
-        faults.append(f"{int(excluded.sum())} rows of deleted people")
-    if len(rows.table):
-        subjects = rows.table[SUBJECT].combine_chunks()
-        subjects = subjects if isinstance(subjects, pa.Array) else pa.concat_arrays(subjects.chunks)
-        routes = store.router.route(subjects)
-        misplaced = routes.shard_N != shard
-        if slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
-            misplaced |= routes.slice_N != slice_
-        if misplaced.any():
-            faults.append(f"{int(misplaced.sum())} rows that the routing key places elsewhere")
-    return faults
+        if records == expected.records:
+            return [f"{records} rows, but others than the ledger expects"]
+        return [f"{records} rows, not the {expected.records} that the ledger expects"]
+    if (records, subjects) != (expected.records, expected.subjects):
+        return [
+            f"{records} rows of {subjects} people, not {expected.records} of {expected.subjects} as the ledger counts"
+        ]
+    return []
+
+
+def _excluded(store: OpenStore, rows: PartitionRows) -> int:
+    exclusions = store.ledger.requests.exclusions().keys()
+    return int(excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion).sum())
+
+
+def _misplaced(store: OpenStore, shard: int, slice_: int, rows: PartitionRows) -> list[str]:
+    if not len(rows.table):
+        return []
+    subjects = rows.table[SUBJECT].combine_chunks()
+    subjects = subjects if isinstance(subjects, pa.Array) else pa.concat_arrays(subjects.chunks)
+    routes = store.router.route(subjects)
+    misplaced = routes.shard_N != shard
+    if slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
+        misplaced |= routes.slice_N != slice_
+    return [f"{int(misplaced.sum())} rows that the routing key places elsewhere"] if misplaced.any() else []
