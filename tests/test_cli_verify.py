@@ -164,15 +164,13 @@ def test_a_store_that_can_not_be_opened_says_why_in_every_command(cli, store, na
     assert content(store) == before
 
 
-@pytest.mark.parametrize("ids", [["--subject"], ["--record"]])
-def test_lost_rows_are_no_unknown_ids(cli, store, ids):
+def test_lost_rows_are_no_unknown_records(cli, store):
     kept, *_ = households(store, held_out=False)
     shard, slice_ = place_of(store, kept)
     rows(store, shard, slice_).unlink()
-    named = kept if ids == ["--subject"] else f"p{2 * int(kept[1:]):03d}"
     before = content(store)
     for more in ([], ["--ignore-missing"]):
-        failure = cli.refused("delete", "--store", "store", *ids, named, *more, code=3)
+        failure = cli.refused("delete", "--store", "store", "--record", f"p{2 * int(kept[1:]):03d}", *more, code=3)
         assert f"slice {slice_} of shard {shard} has 0 rows on disk" in failure.message
         assert "nothing was changed" in failure.message
         assert "estore" in failure.hint
@@ -185,12 +183,14 @@ def test_lost_rows_are_no_new_rows(cli, store):
     assert "are not those that the ledger expects" in failure.message
 
 
-def test_damaged_rows_stop_a_deletion_that_must_read_them(cli, store):
+def test_damaged_rows_keep_nobody_in_service(cli, store):
     kept, *_ = households(store, held_out=False)
     flipped(rows(store, *place_of(store, kept)), at=60)
     failure = cli.refused("delete", "--store", "store", "--subject", kept, code=3)
+    assert "is accepted and no prediction uses" in failure.message
     assert "is damaged" in failure.message
-    assert cli.json("status", "--store", "store")["requests"] == []
+    (request,) = cli.json("status", "--store", "store")["requests"]
+    assert request["state"] == "accepted"
 
 
 def test_a_damaged_stage_is_refused_and_healed(cli, store):

@@ -31,7 +31,7 @@ from sisa.errors import UserError
     help="Kept with the request; no personal data, please.",
 )
 @click.option("--defer", is_flag=True, help="Erase now, retrain later with `sisa repair`.")
-@click.option("--ignore-missing", is_flag=True, help="Skip ids that the store doesn't know.")
+@click.option("--ignore-missing", is_flag=True, help="Skip ids that the store doesn't know, even if it knows none.")
 @execution_options
 @json_option
 def delete(

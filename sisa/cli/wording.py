@@ -20,6 +20,8 @@ def counted(count: int, noun: str) -> str:
 
 def deletion_lines(done: Deletion) -> list[str]:
     """Say what a deletion did."""
+    if not done.request:
+        return [f"nothing to delete: none of {counted(len(done.missing), 'id')} is in the store; nothing was changed"]
     lines = [
         f"{done.request}: {counted(done.records, 'record')} of {counted(done.subjects, 'subject')} {_state(done.state)}"
     ]

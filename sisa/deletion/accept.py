@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from sisa.ledger import Kind, Request, Target
 from sisa.opening import OpenStore
 from sisa.records.partition import present_ids
 from sisa.routing.ids import canonical_id
-from sisa.routing.keys import exclusion_digest
+from sisa.routing.keys import exclusion_digests
 
 SHOWN = 5
 """How many unknown ids a message names."""
@@ -35,6 +35,15 @@ class Accepted:
     request: Request
     repeated: bool
     missing: list[str]
+    earlier: tuple[Request, ...] = ()
+    """The other requests by which some of the ids were deleted before."""
+    damage: DamagedError | None = None
+    """Rows that can't be read, so that nobody can tell which of them have to be erased."""
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Every request that the ids belong to."""
+        return (self.request, *self.earlier)
 
 
 @dataclass
@@ -42,6 +51,14 @@ class _Found:
     places: set[tuple[int, int]] = field(default_factory=set)
     records: list[str] = field(default_factory=list)
     owners: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Search:
+    """Where ids were found, and what could not be searched."""
+
+    found: defaultdict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
+    damage: DamagedError | None = None
 
 
 def accept(
@@ -54,16 +71,19 @@ def accept(
 ) -> Accepted | None:
     """Accept the deletion of subjects or records; None if no id is known and that is to be ignored.
 
+    A subject whose slice can't be read is accepted unseen, since the routing key says where the rows must have
+    been: what may have seen them goes out of service, and they are erased when the file is restored.
+
     Raises:
         UnknownIdsError: An id is unknown; nothing was changed.
         StoreError: The store holds no records yet.
-        DamagedError: Rows that the ledger expects are lost or unreadable: nobody can tell whose they were.
+        DamagedError: A record may lie among rows that are lost or unreadable; nothing was changed.
     """
     started = time.monotonic()
     with store.ingest_lock().held():
         if not store.ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
-    targets, missing = _resolve(store, subjects, records)
+    targets, missing, damage = _resolve(store, subjects, records)
     if missing and not ignore_missing:
         raise _unknown(missing, asked=len(set(subjects) | set(records)))
     if not targets:
@@ -72,70 +92,96 @@ def accept(
     if not acceptance.repeated:
         seconds = time.monotonic() - started
         store.ledger.requests.measured(acceptance.request.id, seconds_to_quarantine=seconds)
-    return Accepted(store.ledger.requests.get(acceptance.request.id), acceptance.repeated, missing)
+    request = store.ledger.requests.get(acceptance.request.id)
+    return Accepted(request, acceptance.repeated, missing, acceptance.earlier, damage)
 
 
-def _resolve(store: OpenStore, subjects: Sequence[str], records: Sequence[str]) -> tuple[list[Target], list[str]]:
-    """Return a target for each id that is known (now, or from an earlier deletion), and the ids that aren't."""
+def _resolve(
+    store: OpenStore, subjects: Sequence[str], records: Sequence[str]
+) -> tuple[list[Target], list[str], DamagedError | None]:
+    """Return a target for each id that is known (now, or from an earlier deletion), the ids that aren't, and damage.
+
+    Raises:
+        DamagedError: A record was not found, and not all rows could be searched.
+    """
     own_subjects = store.recipe.data.subject_column == store.recipe.data.record_id
     wanted_subjects = {canonical_id(i): i for i in [*subjects, *(records if own_subjects else ())]}
     wanted_records = {} if own_subjects else {canonical_id(i): i for i in records}
     targets: list[Target] = []
     missing: list[str] = []
-    searches: tuple[tuple[Kind, dict[str, str], dict[str, _Found]], ...] = (
+    damage: DamagedError | None = None
+    searches: tuple[tuple[Kind, dict[str, str], _Search], ...] = (
         ("subject", wanted_subjects, _find_subjects(store, list(wanted_subjects))),
         ("record", wanted_records, _find_records(store, list(wanted_records))),
     )
-    for kind, wanted, found in searches:
-        digests = {i: exclusion_digest(store.keys.exclusion, kind, i) for i in wanted}
+    for kind, wanted, search in searches:
+        digests = _digests(store, kind, wanted)
         before = store.ledger.requests.excluded_by((kind, digest) for digest in digests.values())
+        records_of = _digests(store, "record", {r for here in search.found.values() for r in here.records})
+        owners_of = _digests(store, "subject", {o for here in search.found.values() for o in here.owners})
         for identifier, digest in digests.items():
-            here = found.get(identifier)
+            here = search.found.get(identifier)
             if here is None and (kind, digest) not in before:
+                if kind == "record" and search.damage is not None:
+                    raise DamagedError(f"{search.damage.message}; nothing was changed", hint=search.damage.hint)
                 missing.append(wanted[identifier])
                 continue
-            targets.append(_target(store, kind, digest, here or _Found()))
-    return targets, missing
+            here = here or _Found()
+            targets.append(
+                Target(
+                    kind=kind,
+                    digest=digest,
+                    places=tuple(sorted(here.places)),
+                    record_digests=tuple(records_of[record] for record in here.records),
+                    owner_digests=tuple(owners_of[owner] for owner in here.owners),
+                )
+            )
+        if kind == "subject":
+            damage = search.damage
+    return targets, missing, damage
 
 
-def _target(store: OpenStore, kind: Kind, digest: bytes, found: _Found) -> Target:
-    key = store.keys.exclusion
-    return Target(
-        kind=kind,
-        digest=digest,
-        places=tuple(sorted(found.places)),
-        record_digests=tuple(exclusion_digest(key, "record", record) for record in found.records),
-        owner_digests=tuple(exclusion_digest(key, "subject", owner) for owner in sorted(found.owners)),
-    )
+def _digests(store: OpenStore, kind: Kind, ids: Iterable[str]) -> dict[str, bytes]:
+    ordered = list(ids)
+    return dict(zip(ordered, exclusion_digests(store.keys.exclusion, kind, ordered), strict=True))
 
 
-def _find_subjects(store: OpenStore, wanted: list[str]) -> dict[str, _Found]:
-    """Look each subject up where the router says it is, and in the holdout."""
+def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
+    """Look each subject up where the router says it is, and in the holdout; who can't be looked up may be there."""
+    search = _Search()
     if not wanted:
-        return {}
+        return search
     routes = store.router.route(pa.array(wanted, pa.string()))
     by_place: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for subject, shard, slice_ in zip(wanted, routes.shard_N.tolist(), routes.slice_N.tolist(), strict=True):
         by_place[shard, slice_].append(subject)
         if slice_ != HOLDOUT_SLICE and store.recipe.data.holdout.source is not None:
             by_place[shard, HOLDOUT_SLICE].append(subject)
-    found: defaultdict[str, _Found] = defaultdict(_Found)
     for place, subjects in sorted(by_place.items()):
-        record_ids, subject_ids = _ids_of(store, *place)
-        _note(found, place, record_ids, subject_ids, by=subject_ids, wanted=subjects)
-    return dict(found)
+        try:
+            record_ids, subject_ids = _ids_of(store, *place)
+        except DamagedError as error:
+            search.damage = search.damage or error
+            for subject in subjects:
+                search.found[subject].places.add(place)
+                search.found[subject].owners.add(subject)
+            continue
+        _note(search.found, place, record_ids, subject_ids, by=subject_ids, wanted=subjects)
+    return search
 
 
-def _find_records(store: OpenStore, wanted: list[str]) -> dict[str, _Found]:
+def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     """Look records up everywhere: only their owner's id would say where they are."""
-    if not wanted:
-        return {}
-    found: defaultdict[str, _Found] = defaultdict(_Found)
-    for partition in store.ledger.partitions.all():
+    search = _Search()
+    for partition in store.ledger.partitions.all() if wanted else ():
         place = (partition.shard, partition.slice)
-        record_ids, subject_ids = _ids_of(store, *place)
-        _note(found, place, record_ids, subject_ids, by=record_ids, wanted=wanted)
-    return dict(found)
+        try:
+            record_ids, subject_ids = _ids_of(store, *place)
+        except DamagedError as error:
+            search.damage = search.damage or error
+            continue
+        _note(search.found, place, record_ids, subject_ids, by=record_ids, wanted=wanted)
+    return search
 
 
 def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
@@ -146,8 +192,7 @@ def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Arr
     if lost and store.ledger.partitions.get(shard, slice_) == expected:  # else a deletion came in between
         where = f"holdout of shard {shard}" if slice_ == HOLDOUT_SLICE else f"slice {slice_} of shard {shard}"
         raise DamagedError(
-            f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects; "
-            "nothing was changed",
+            f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects",
             hint="Restore the records of the store from a copy, then ask again; `sisa verify` lists what is wrong.",
         )
     return record_ids, subject_ids

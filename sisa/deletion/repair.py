@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, settle_all
-from sisa.errors import SisaError
+from sisa.errors import DamagedError, SisaError
 from sisa.execution.build import Plan, build
 from sisa.execution.options import Execution
 from sisa.ledger import STATES, Request, StageRow
@@ -30,6 +30,8 @@ class Repair:
     requests: list[str] = field(default_factory=list)
     """Requests that reached ``repaired``."""
     failures: dict[int, SisaError] = field(default_factory=dict)
+    damaged_rows: DamagedError | None = None
+    """Rows that are not what they should be; looked for only when healing."""
 
 
 def bring_up(
@@ -49,7 +51,8 @@ def bring_up(
 
     Args:
         store: The store.
-        shards: Which shards to build; None for those that open requests touched.
+        shards: Which shards to build; None for those that open requests touched (not before the first version:
+            what is trained of a first ensemble is no ensemble).
         footing: Code and platform of this process. If the store stands on another, it moves to this one: every
             stage is built again, and the old ones serve until all are there.
         execution: Where chains run.
@@ -59,18 +62,22 @@ def bring_up(
         read_reused: Verify every byte of stages that are reused.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
+    result = Repair(version=store.ledger.versions.live_number())
+    if shards is None and not result.version:
+        return result
     if heal:
-        erase_restored(store)
+        result.damaged_rows = erase_restored(store)
     code, platform = footing.code, footing.platform
     if store.ledger.footing() is None:
         store.ledger.stand_on(code=code, platform=platform, fingerprint=footing.fingerprint)
     moves = store.ledger.footing() != (code, platform)
-    result = Repair(version=0)
     reused: set[tuple[str, str]] = set()
     asked = None if shards is None else set(shards)
     remaining = asked
+    stopped: tuple[object, ...] = ()
     while True:
         result.failures |= settle_all(store, reporter)
+        _purge_tainted(store, reporter)
         requests = _repairable(store)
         touched = {shard for request in requests for shard in request.shards}
         wanted = touched if remaining is None else remaining | touched
@@ -88,6 +95,12 @@ def bring_up(
         result.trained += done.trained
         reused |= {(row.key, row.platform) for row in done.reused}
         result.failures |= done.failures
+        stuck, stopped = stopped, (done.interrupted, *_deletions(store))
+        if done.interrupted and stuck == stopped:
+            raise DamagedError(
+                f"shards {sorted(done.interrupted)} can't be built: a deletion that the ledger doesn't know stops them",
+                hint="Run `sisa verify`: it lists what is wrong with the store.",
+            )
         remaining = set(done.interrupted)
         ended = not done.interrupted and not _unsettled(store, result)
         if not moves:  # whoever goes on deleting must not keep from service what is repaired already
@@ -100,10 +113,20 @@ def bring_up(
         return result
     if moves:
         _publish(store, result, footing, cause=cause, interrupted=remaining)
-    for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
-        if not _unsettled(store, result):
-            purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
+    _purge_tainted(store, reporter)
     return result
+
+
+def _purge_tainted(store: OpenStore, reporter: Reporter) -> None:
+    """Remove what an upgrade, finished or killed, took out of service: it must not be taken for what it replaces."""
+    for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
+        purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
+
+
+def _deletions(store: OpenStore) -> tuple[object, ...]:
+    """Return what changes whenever a deletion is accepted or goes on."""
+    ledger = store.ledger
+    return sum(p.changes for p in ledger.partitions.all()), tuple((r.id, r.state) for r in ledger.requests.all())
 
 
 def _repairable(store: OpenStore) -> list[Request]:
@@ -120,8 +143,13 @@ def _unsettled(store: OpenStore, result: Repair) -> bool:
 
 
 def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, interrupted: set[int]) -> None:
-    """Publish the newest clean stages and close the repaired requests, in one transaction."""
+    """Publish the newest clean stages and close the repaired requests, in one transaction.
+
+    The first version is published only whole: half a training serves nobody.
+    """
     ledger = store.ledger
+    if not ledger.versions.live_number() and not _whole(store, footing, range(store.shards)):
+        return
     with ledger.database.transaction():
         ledger.stand_on(code=footing.code, platform=footing.platform, fingerprint=footing.fingerprint)
         result.version = ledger.versions.publish_newest(
@@ -135,13 +163,23 @@ def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, 
             if failed:
                 ledger.requests.advance(request.id, "repairing", note=f"repair failed for shards {failed}")
                 continue
-            if interrupted & set(request.shards):
+            if interrupted & set(request.shards) or not _whole(store, footing, request.shards):
                 continue
             retrained = ledger.stages.trained_since(request.id, request.shards)
             ledger.requests.advance(
                 request.id, "repaired", version_after=result.version, stages_retrained=retrained, note=""
             )
             result.requests.append(request.id)
+
+
+def _whole(store: OpenStore, footing: Footing, shards: Iterable[int]) -> bool:
+    """Whether every stage of these shards is there, clean."""
+    return all(
+        {row.stage for row in store.ledger.stages.all(shard)
+         if not row.tainted and (row.code, row.platform) == (footing.code, footing.platform)}
+        == set(range(1, store.slices + 1))
+        for shard in shards
+    )  # fmt: skip
 
 
 def _title(cause: str) -> str:

@@ -8,8 +8,6 @@ purge; a trainer gives the latter up when it sees the mark.
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -33,6 +31,8 @@ PURGED = STATES.index("stages_purged")
 def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
     """Erase and purge for every open request, and clear the marks of those that are done.
 
+    A slice that is said to hold rows of deleted people is erased too if no open request names it.
+
     Returns:
         By shard, the damage that keeps rows from being erased: it can't be trained, the others can.
     """
@@ -42,6 +42,12 @@ def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
             settle(store, request, reporter)
         except DamagedError as error:
             damaged |= dict.fromkeys((shard for shard, _ in request.places), error)
+    for partition in store.ledger.partitions.all():
+        if partition.dirty and partition.shard not in damaged:
+            try:
+                erase_partition(store, partition.shard, partition.slice)
+            except DamagedError as error:
+                damaged[partition.shard] = error
     _clear_marks(store)
     return damaged
 
@@ -111,20 +117,32 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
     store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
 
 
-def erase_restored(store: OpenStore) -> None:
+def erase_restored(store: OpenStore) -> DamagedError | None:
     """Erase deleted people's rows that came back with an older file, where that leaves what the ledger expects.
 
-    Any other difference stays: whoever reads the rows next reports it as damage.
+    Returns:
+        The first damage: rows that are unreadable, or others than the ledger expects.
     """
+    damage: DamagedError | None = None
     for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
         with FileLock(store.layout.rows_lock(shard)).held():
-            expected = store.ledger.partitions.get(shard, slice_)
-            with contextlib.suppress(DamagedError):
-                rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
-                if not expected.dirty and rows.membership != expected.membership:
-                    keep_N, left = _survivors(store, rows)
-                    if left == expected.membership:
-                        rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+            try:
+                _erase_restored(store, store.ledger.partitions.get(shard, slice_))
+            except DamagedError as error:
+                damage = damage or error
+    return damage
+
+
+def _erase_restored(store: OpenStore, expected: Partition) -> None:
+    shard, slice_ = expected.shard, expected.slice
+    rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
+    if rows.membership in {expected.membership, expected.next_membership}:
+        return
+    keep_N, left = _survivors(store, rows)
+    if left != expected.membership:
+        raise rows_damage(store, shard, slice_)
+    if not expected.dirty:
+        rewrite_partition(store.layout, shard, slice_, keep_N, rows)
 
 
 def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_], str]:

@@ -126,7 +126,8 @@ def _trained_slices(store: OpenStore, shard: int) -> list[Partition]:
 
 
 def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> ChainTask:
-    known = {row.key: row.full_digest for row in store.ledger.stages.all(shard) if row.platform == plan.platform}
+    clean = [row for row in store.ledger.stages.all(shard) if not row.tainted and row.platform == plan.platform]
+    known = {row.key: row.full_digest for row in clean}
     return ChainTask(
         root=str(store.layout.root),
         checkpoints=str(plan.checkpoints),

@@ -6,9 +6,10 @@ publishes the quarantine version. What comes after it (erasing, purging, repairi
 
 from __future__ import annotations
 
+import json
 import secrets
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,10 +70,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What ``accept`` answers: the request, and whether it was there before."""
+    """What ``accept`` answers."""
 
     request: Request
+    """The new request; or, if every id was deleted before, the first that did it."""
     repeated: bool
+    earlier: tuple[Request, ...] = ()
+    """The other requests by which some of the ids were deleted before, oldest first."""
 
 
 class Requests:
@@ -86,7 +90,7 @@ class Requests:
     def accept(self, targets: Sequence[Target], *, reason: str) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
 
-        Targets that are excluded already are left out; if all are, the first request is the answer.
+        Targets that are excluded already are left out: the requests that did it are answered beside the new one.
 
         Raises:
             UserError: There is nothing to delete.
@@ -97,11 +101,18 @@ class Requests:
             if not new:
                 if not before:
                     raise UserError("nothing to delete: no id is in the store", hint="Check the ids.")
-                first = min((self.get(request) for request in set(before.values())), key=lambda r: r.created_at)
-                return Acceptance(first, repeated=True)
+                first, *others = self._in_order(set(before.values()))
+                return Acceptance(first, repeated=True, earlier=tuple(others))
             identifier = f"del-{secrets.token_hex(8)}"
             self._insert(identifier, list(new.values()), reason=reason)
-            return Acceptance(self.get(identifier), repeated=False)
+            return Acceptance(self.get(identifier), repeated=False, earlier=self._in_order(set(before.values())))
+
+    def _in_order(self, identifiers: Collection[str]) -> tuple[Request, ...]:
+        rows = self._db.rows(
+            "SELECT * FROM requests WHERE id IN (SELECT value FROM json_each(?)) ORDER BY number",
+            (json.dumps(list(identifiers)),),
+        )
+        return tuple(self._request(row) for row in rows)
 
     def _insert(self, identifier: str, targets: Sequence[Target], *, reason: str) -> None:
         places = sorted({place for target in targets for place in target.places})
@@ -127,7 +138,7 @@ class Requests:
                 tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
         self._db.many("UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items()))
         self._db.note("request_accepted", request=identifier, shards=sorted(tainted_from))
-        if tainted_from:
+        if tainted_from and version_before:  # before the first version nothing is in service
             number = self._versions.publish_fallback(tainted_from, request=identifier)
             self._db.rows("UPDATE requests SET version_quarantine = ? WHERE id = ?", (number, identifier))
 

@@ -47,10 +47,11 @@ class Training(_Answer):
 
 @dataclass(frozen=True)
 class Deletion(_Answer):
-    """What ``delete`` did."""
+    """What ``delete`` did. Numbers are those of ``request``, which is empty if no id was known."""
 
     request: str
     state: str
+    """Of ``requests``, the one that is furthest behind."""
     subjects: int
     records: int
     missing: list[str]
@@ -63,6 +64,8 @@ class Deletion(_Answer):
     seconds: float
     repeated: bool = False
     """The same deletion was asked for before; ``request`` names the first."""
+    requests: list[str] = field(default_factory=list)
+    """Every request that the ids belong to: ``request``, and those by which some were deleted before."""
     note: str = ""
     """Why the repair has to wait, if it has to."""
 

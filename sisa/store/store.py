@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sisa import opening
-from sisa.deletion.accept import accept
+from sisa.deletion.accept import Accepted, accept
 from sisa.deletion.settle import settle, settle_all
-from sisa.errors import StoreError, UserError
+from sisa.errors import DamagedError, StoreError, UserError
 from sisa.layout import Layout
+from sisa.ledger import STATES
 from sisa.progress import Reporter, Silent
+from sisa.routing.ids import id_text
 from sisa.store.results import Deletion, Metrics, Repaired, Training
 from sisa.store.status import status
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     import numpy as np
     import numpy.typing as npt
 
@@ -98,8 +102,8 @@ class Store:
     def delete(
         self,
         *,
-        subjects: Iterable[str | int] = (),
-        records: Iterable[str | int] = (),
+        subjects: Iterable[str | int | UUID] = (),
+        records: Iterable[str | int | UUID] = (),
         reason: str = "",
         defer: bool = False,
         ignore_missing: bool = False,
@@ -118,7 +122,7 @@ class Store:
             records: Ids of rows.
             reason: For the record; don't put personal data in it.
             defer: Stop after the erasure; :meth:`repair` does the rest.
-            ignore_missing: Skip ids that the store doesn't know instead of refusing.
+            ignore_missing: Skip ids that the store doesn't know instead of refusing; if it knows none, nothing is done.
             executor: ``auto``, ``ray`` or ``inline``.
             address: A running Ray cluster.
             workers: How many chains at a time.
@@ -132,7 +136,8 @@ class Store:
         reporter = reporter or Silent()
         if isinstance(subjects, str | bytes) or isinstance(records, str | bytes):
             raise UserError("subjects and records: expected a list of ids, got a text", hint='Write subjects=["17"].')
-        wanted_subjects, wanted_records = [str(i) for i in subjects], [str(i) for i in records]
+        wanted_subjects = [id_text(i, where="subjects") for i in subjects]
+        wanted_records = [id_text(i, where="records") for i in records]
         if not wanted_subjects and not wanted_records:
             raise UserError("nothing to delete: no id was given", hint="Give --subject, --record or --from.")
         execution = _execution(executor, address, workers)
@@ -144,22 +149,37 @@ class Store:
             ignore_missing=ignore_missing,
         )
         if accepted is None:
-            raise UserError(
-                f"nothing to delete: none of {len(set(wanted_subjects) | set(wanted_records))} ids is in the store",
-                hint="Nothing was changed; check the ids.",
-            )
+            return self._nothing_to_delete(sorted({*wanted_subjects, *wanted_records}), started=started)
         asked = "asked for before, as" if accepted.repeated else "accepted as"
         reporter.note(f"{asked} {accepted.request.id}: no prediction uses these rows any more")
-        settle(self.opened, accepted.request, reporter)
-        note = "" if defer else self._repair_after(accepted.request.id, execution, reporter)
-        return self._deletion(
-            accepted.request.id, accepted.missing, repeated=accepted.repeated, note=note, started=started
-        )
+        self._settle(accepted, reporter)
+        note = "" if defer else self._repair_after(accepted, execution, reporter)
+        return self._deletion(accepted, note=note, started=started)
 
-    def _repair_after(self, request: str, execution: Execution, reporter: Reporter) -> str:
+    def _settle(self, accepted: Accepted, reporter: Reporter) -> None:
+        """Erase and purge for every request that the ids belong to.
+
+        Raises:
+            DamagedError: Rows can't be read, so that nobody's can be erased from them.
+        """
+        damage = accepted.damage
+        for request in accepted.requests:
+            try:
+                settle(self.opened, request, reporter)
+            except DamagedError as error:
+                damage = damage or error
+        if damage is not None:
+            raise DamagedError(
+                f"{accepted.request.id} is accepted and no prediction uses what may have seen these rows, "
+                f"but not all of them could be erased: {damage.message}",
+                hint=damage.hint,
+            )
+
+    def _repair_after(self, accepted: Accepted, execution: Execution, reporter: Reporter) -> str:
         """Repair unless it is done already; return why it has to wait, if it has to."""
-        accepted = self.opened.ledger.requests.get(request)
-        if not accepted.open:
+        ledger = self.opened.ledger
+        waiting = [r for r in (ledger.requests.get(request.id) for request in accepted.requests) if r.open]
+        if not waiting:
             return ""
         from sisa.store.footing import require_same
         from sisa.training.footing import footing_here
@@ -169,8 +189,8 @@ class Store:
         except UserError as error:  # a model's source that is gone or broken is another source too
             reporter.note(f"erased; not retrained: {error.message}")
             return f"{error.message}. {error.hint}"
-        self._bring_up(None, execution, reporter, heal=False, answer_for=accepted.shards)
-        return ""
+        done = self._bring_up(None, execution, reporter, heal=False, answer_for=[k for r in waiting for k in r.shards])
+        return "" if done.version else "The training has not ended; `sisa train` goes on without these rows."
 
     def _bring_up(
         self,
@@ -217,22 +237,42 @@ class Store:
             )
         return done
 
-    def _deletion(self, identifier: str, missing: list[str], *, repeated: bool, note: str, started: float) -> Deletion:
-        request = self.opened.ledger.requests.get(identifier)
+    def _nothing_to_delete(self, missing: list[str], *, started: float) -> Deletion:
+        version = self.version
+        return Deletion(
+            request="",
+            state=STATES[-1],
+            subjects=0,
+            records=0,
+            missing=missing,
+            shards=[],
+            stages_retrained=0,
+            version_before=version,
+            version_quarantine=None,
+            version_after=version,
+            seconds_to_quarantine=0.0,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def _deletion(self, accepted: Accepted, *, note: str, started: float) -> Deletion:
+        requests = [self.opened.ledger.requests.get(request.id) for request in accepted.requests]
+        request = requests[0]
+        state = min((r.state for r in requests), key=STATES.index)
         return Deletion(
             request=request.id,
-            state=request.state,
+            state=state,
             subjects=request.subjects,
             records=request.records,
-            missing=missing,
+            missing=accepted.missing,
             shards=request.shards,
             stages_retrained=request.stages_retrained,
             version_before=request.version_before,
             version_quarantine=request.version_quarantine,
-            version_after=request.version_after,
+            version_after=max(r.version_after or 0 for r in requests) if state == STATES[-1] else None,
             seconds_to_quarantine=round(request.seconds_to_quarantine, 4),
             seconds=round(time.monotonic() - started, 3),
-            repeated=repeated,
+            repeated=accepted.repeated,
+            requests=[r.id for r in requests],
             note=note,
         )
 
@@ -248,7 +288,7 @@ class Store:
 
         Raises:
             FootingError: Code or platform changed since the training; erasure is finished all the same.
-            StoreError: A shard could not be retrained.
+            StoreError: A shard could not be retrained, or rows are damaged; what could be done is done.
         """
         started = time.monotonic()
         reporter = reporter or Silent()
@@ -258,6 +298,8 @@ class Store:
         settle_all(self.opened, reporter)  # even if nothing may be trained here; damage is told below
         before = ledger.versions.live_number()
         done = self._bring_up(range(self.opened.shards), _execution(executor, address, workers), reporter, heal=True)
+        if done.damaged_rows is not None:
+            raise done.damaged_rows
         closed = [ledger.requests.get(identifier) for identifier in done.requests]
         touched = {row.shard for row in done.trained} | {shard for request in closed for shard in request.shards}
         return Repaired(
