@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.checkpoints import CheckpointStore
-from sisa.errors import DamagedError, UserError
+from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
 from sisa.layout import Layout
-from sisa.ledger import Ledger
+from sisa.ledger import STATES, Ledger
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
@@ -112,7 +112,7 @@ def open_store(layout: Layout) -> OpenStore:
             hint="Restore the file; to train under another recipe, train into another store.",
         )
     for name, key in (("routing_key", keys.routing), ("exclusion_key", keys.exclusion)):
-        if ledger.fact(name) != _key_check(name, key):
+        if ledger.fact(name) != key_check(key):
             ledger.close()
             raise DamagedError(
                 f"keys/{name.replace('_', '.')} is not the key that this store was made with",
@@ -161,8 +161,8 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
         ledger = Ledger.create(layout.ledger)
         ledger.remember(
             recipe=_seal(frozen_recipe(recipe)),
-            routing_key=_key_check("routing_key", routing_key),
-            exclusion_key=_key_check("exclusion_key", _stored_key(layout.exclusion_key)),
+            routing_key=key_check(routing_key),
+            exclusion_key=key_check(_stored_key(layout.exclusion_key)),
         )
         ledger.close()
         make_folder(layout.records)
@@ -193,21 +193,29 @@ def renew_exclusion_key(layout: Layout) -> None:
 
     Raises:
         BusyError: Another operation holds the store.
+        StoreError: A deletion is not erased yet: under another key its rows could not be told any more.
         DamagedError: The ledger is missing or damaged.
     """
     with FileLock(layout.lock("operation")).held(timeout_s=0):
         ledger = Ledger.open(layout.ledger)
         key = new_key()
-        write_durably(layout.exclusion_key, key.hex().encode() + b"\n", mode=0o600)
         with ledger.database.transaction():
-            ledger.remember(exclusion_key=_key_check("exclusion_key", key))
+            waiting = [r.id for r in ledger.requests.open() if STATES.index(r.state) < STATES.index("rows_erased")]
+            if waiting or any(partition.dirty for partition in ledger.partitions.all()):
+                raise StoreError(
+                    f"the rows of {', '.join(waiting) or 'a deletion'} are not erased yet: under another key they "
+                    "could not be told any more",
+                    hint="Run `sisa repair` first.",
+                )
+            write_durably(layout.exclusion_key, key.hex().encode() + b"\n", mode=0o600)
+            ledger.remember(exclusion_key=key_check(key))
             ledger.database.note("exclusion_key_renewed")
         ledger.close()
 
 
-def _key_check(name: str, key: bytes) -> str:
+def key_check(key: bytes) -> str:
     """Return what the ledger remembers of a key: enough to tell another one, nothing of this one."""
-    return derive(key, "key-check", name).hex()
+    return derive(key, "key-check").hex()
 
 
 def _seal(recipe: Recipe) -> str:

@@ -15,7 +15,8 @@ import pytest
 from sisa.cli.main import run
 from sisa.deletion import settle
 from sisa.deletion.accept import accept
-from sisa.errors import DamagedError, NoConstituentError, UnknownIdsError, UserError
+from sisa.errors import DamagedError, NoConstituentError, StoreError, UnknownIdsError, UserError
+from sisa.opening import renew_exclusion_key
 from sisa.store.store import Store
 
 TABLE = kit.people(12)
@@ -274,3 +275,88 @@ def test_what_is_no_id_deletes_nobody(world: World, folder: Path, kind: str, ids
     with pytest.raises(UserError, match=kind):
         store.delete(**{kind: ids}, executor="inline")
     assert store.status() == before
+
+
+@pytest.mark.parametrize("more", [[], ["--ignore-missing"]])
+def test_everybody_of_a_lost_slice_is_accepted_unseen_not_only_the_first(
+    world: World, folder: Path, more: list[str]
+) -> None:
+    store = world.copy(folder / "store")
+    rows = rows_of(store, 1, 1)
+    whole = rows.read_bytes()
+    rows.unlink()
+    one, two = world.people[1, 1][:2]
+    words = ["delete", "--store", str(root_of(store)), "--json", *more]
+    assert [run([*words, "--subject", person]) for person in (one, two)] == [3, 3]
+    assert run([*words, "--record", min(records_of(world.people[1, 1][2]))]) == 3
+    assert len(store.status()["requests"]) == 2
+    rows.write_bytes(whole)
+    assert len(store.repair(executor="inline").requests) == 2
+    assert not on_disk(store) & (records_of(one) | records_of(two))
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
+@pytest.mark.parametrize("due", ["readable", "unseen"])
+def test_a_backup_from_before_a_deletion_under_another_one_is_healed(world: World, folder: Path, due: str) -> None:
+    store = world.copy(folder / "store")
+    early, late = world.people[1, 1][:2]
+    rows = rows_of(store, 1, 1)
+    old = rows.read_bytes()
+    store.delete(subjects=[early], executor="inline")
+    rows.write_bytes(old if due == "readable" else b"torn")
+    if due == "unseen":
+        with pytest.raises(DamagedError):
+            store.delete(subjects=[late], executor="inline")
+        rows.write_bytes(old)
+        store.repair(executor="inline")
+    else:
+        store.delete(subjects=[late], executor="inline")
+    assert not on_disk(store) & (records_of(early) | records_of(late))
+    undisturbed = world.copy(folder / "undisturbed")
+    for person in (early, late):
+        undisturbed.delete(subjects=[person], executor="inline")
+    assert kit.end_state(store)["rows"] == kit.end_state(undisturbed)["rows"]
+    assert kit.end_state(store)["constituents"] == kit.end_state(undisturbed)["constituents"]
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_damage_of_one_shard_keeps_no_other_out_of_service(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    rows = rows_of(store, 1, 1)
+    whole = rows.read_bytes()
+    rows.write_bytes(b"torn")
+    both = [world.people[0, 1][0], world.people[1, 1][0]]
+    with pytest.raises(DamagedError, match="not all of them could be erased"):
+        store.delete(subjects=both, executor="inline")
+    with pytest.raises(DamagedError):
+        store.repair(executor="inline")
+    assert [c["stage"] for c in store.status()["constituents"]] == [2, 0]
+    assert store.delete(subjects=[world.people[0, 2][0]], executor="inline").state == "repaired"
+    rows.write_bytes(whole)
+    store.repair(executor="inline")
+    assert not on_disk(store) & {record for person in both for record in records_of(person)}
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_a_deletion_that_is_done_says_so_if_its_slice_is_damaged_later(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    person = world.people[1, 1][0]
+    store.delete(subjects=[person], executor="inline")
+    rows_of(store, 1, 1).write_bytes(b"torn")
+    with pytest.raises(DamagedError, match="was carried out; but now nobody can tell"):
+        store.delete(subjects=[person], executor="inline")
+
+
+def test_the_memory_of_deletions_is_not_destroyed_while_one_is_due(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    accept(store.opened, subjects=[world.people[1, 1][0]])
+    key = store.opened.layout.exclusion_key.read_bytes()
+    with pytest.raises(StoreError, match="are not erased yet"):
+        renew_exclusion_key(store.opened.layout)
+    assert store.opened.layout.exclusion_key.read_bytes() == key
+    store.repair(executor="inline")
+    renew_exclusion_key(store.opened.layout)
+    with pytest.raises(StoreError, match="the exclusion key was replaced"):
+        store.delete(subjects=[world.people[0, 1][0]], executor="inline")
+    fresh = kit.reopened(root_of(store))
+    assert fresh.delete(subjects=[world.people[0, 1][0]], executor="inline").state == "repaired"

@@ -2,7 +2,7 @@
 
 Nothing is changed until every id is known. Then one ledger transaction excludes the people, takes every
 stage that saw them out of service and publishes the quarantine version; when ``accept`` returns, that is
-durable.
+durable, and no replica answers from an older version any more.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sisa.deletion.confirm import await_replicas
 from sisa.errors import DamagedError, StoreError, UnknownIdsError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Kind, Request, Target
-from sisa.opening import OpenStore
+from sisa.opening import OpenStore, key_check
 from sisa.records.partition import present_ids
 from sisa.routing.ids import canonical_id
 from sisa.routing.keys import exclusion_digests
@@ -88,7 +89,9 @@ def accept(
         raise _unknown(missing, asked=len(set(subjects) | set(records)))
     if not targets:
         return None
-    acceptance = store.ledger.requests.accept(targets, reason=reason)
+    acceptance = store.ledger.requests.accept(targets, reason=reason, key_check=key_check(store.keys.exclusion))
+    quarantines = [r.version_quarantine or 0 for r in (acceptance.request, *acceptance.earlier)]
+    await_replicas(store, max(quarantines))
     if not acceptance.repeated:
         seconds = time.monotonic() - started
         store.ledger.requests.measured(acceptance.request.id, seconds_to_quarantine=seconds)
@@ -188,12 +191,12 @@ def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Arr
     """Return who is in a slice. A lost file must not look as if its people had never been there."""
     expected = store.ledger.partitions.get(shard, slice_)
     record_ids, subject_ids = present_ids(store.layout, shard, slice_)
-    lost = len(record_ids) != expected.records and not expected.dirty
+    lost = len(record_ids) not in {expected.records, expected.next_records}
     if lost and store.ledger.partitions.get(shard, slice_) == expected:  # else a deletion came in between
         where = f"holdout of shard {shard}" if slice_ == HOLDOUT_SLICE else f"slice {slice_} of shard {shard}"
         raise DamagedError(
             f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects",
-            hint="Restore the records of the store from a copy, then ask again; `sisa verify` lists what is wrong.",
+            hint="Restore the file from a copy, then run `sisa repair`; `sisa verify` lists what is wrong.",
         )
     return record_ids, subject_ids
 

@@ -38,10 +38,7 @@ def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
     """
     damaged: dict[int, SisaError] = {}
     for request in store.ledger.requests.open():
-        try:
-            settle(store, request, reporter)
-        except DamagedError as error:
-            damaged |= dict.fromkeys((shard for shard, _ in request.places), error)
+        damaged |= settle(store, request, reporter)
     for partition in store.ledger.partitions.all():
         if partition.dirty and partition.shard not in damaged:
             try:
@@ -52,36 +49,39 @@ def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
     return damaged
 
 
-def settle(store: OpenStore, request: Request, reporter: Reporter) -> None:
+def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, DamagedError]:
     """Take one request from ``accepted`` to ``stages_purged`` (to ``repaired`` if only holdout rows went).
 
-    Raises:
-        DamagedError: The rows of a slice are not readable, so nobody's can be erased from it. The weights are
-            purged all the same, and the shard's stop mark stays.
+    Returns:
+        By shard, why the rows of a slice can't be read, so that nobody's can be erased from it. Then the request
+        stays where it is; all weights are purged all the same, and only the stop marks of these shards stay.
     """
     if _purged(store, request):
-        return
+        return {}
     for shard in request.shards:
         _mark(store, shard, request.id)
-    damage: DamagedError | None = None
+    damaged: dict[int, DamagedError] = {}
     for shard, slice_ in request.places:
         try:
             erase_partition(store, shard, slice_)
         except DamagedError as error:
-            damage = damage or error
-    if damage is None:
+            damaged.setdefault(shard, error)
+    if not damaged:
         store.ledger.requests.advance(request.id, "rows_erased")
     for shard in request.shards:
         first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
         purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
     remove_replays(store)  # they have seen the same rows
-    if damage is not None:
-        raise damage
+    if damaged:
+        for shard in set(request.shards) - damaged.keys():
+            (store.layout.stop_marks(shard) / request.id).unlink(missing_ok=True)
+        return damaged
     if request.shards:
         store.ledger.requests.advance(request.id, "stages_purged")
     else:
         store.ledger.requests.advance(request.id, "repaired", version_after=request.version_before)
     _clear_marks(store)
+    return {}
 
 
 def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
@@ -98,7 +98,7 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
     shard, slice_ = expected.shard, expected.slice
     keys = shard_keys(store.keys.routing, shard)
     rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
-    if rows.membership not in {expected.membership, expected.next_membership}:
+    if rows.membership not in {expected.membership, expected.next_membership} and not _is_older(store, rows, expected):
         raise rows_damage(store, shard, slice_)
     if rows.membership == expected.next_membership:
         # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
@@ -136,13 +136,29 @@ def erase_restored(store: OpenStore) -> DamagedError | None:
 def _erase_restored(store: OpenStore, expected: Partition) -> None:
     shard, slice_ = expected.shard, expected.slice
     rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
-    if rows.membership in {expected.membership, expected.next_membership}:
-        return
+    if expected.dirty or rows.membership == expected.membership:
+        return  # what is dirty is settled, or has told why it can't be
     keep_N, left = _survivors(store, rows)
     if left != expected.membership:
         raise rows_damage(store, shard, slice_)
-    if not expected.dirty:
-        rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+    rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+
+
+def _is_older(store: OpenStore, rows: PartitionRows, expected: Partition) -> bool:
+    """Whether these are the expected rows and, with an older file, deleted people's that were erased before.
+
+    Of the requests that wait for this slice, some may have been erased from it already, the oldest first.
+    """
+    place = (expected.shard, expected.slice)
+    waiting = [r.id for r in store.ledger.requests.open() if r.state == STATES[0] and place in r.places]
+    exclusions = store.ledger.requests.exclusions()
+    for first in range(len(waiting) + 1):
+        due = set(waiting[first:])
+        erased = {pair for pair, request in exclusions.items() if request not in due}
+        keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], erased, store.keys.exclusion)
+        if membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N]) == expected.membership:
+            return True
+    return False
 
 
 def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_], str]:

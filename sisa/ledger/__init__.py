@@ -2,8 +2,26 @@
 
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
+from sisa.ledger.replicas import ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
 from sisa.ledger.stages import StageRow
+from sisa.ledger.tokens import SCOPES, Scope, Token
 from sisa.ledger.versions import Member, Version
 
-__all__ = ["STATES", "Acceptance", "Kind", "Ledger", "Member", "Partition", "Request", "StageRow", "Target", "Version"]
+__all__ = [
+    "SCOPES",
+    "STATES",
+    "Acceptance",
+    "Kind",
+    "Ledger",
+    "Member",
+    "Partition",
+    "ReplicaRow",
+    "Request",
+    "Scope",
+    "StageRow",
+    "Target",
+    "Token",
+    "Version",
+    "View",
+]

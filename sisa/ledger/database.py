@@ -53,8 +53,13 @@ CREATE TABLE members (
     version INTEGER NOT NULL, shard INTEGER NOT NULL, stage INTEGER NOT NULL, key TEXT, platform TEXT,
     PRIMARY KEY (version, shard)) STRICT;
 CREATE INDEX members_by_key ON members (key);
+CREATE TABLE replicas (
+    id TEXT PRIMARY KEY, version INTEGER NOT NULL, lease_s REAL NOT NULL, since TEXT NOT NULL) STRICT;
 CREATE TABLE events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
+CREATE TABLE tokens (
+    id TEXT PRIMARY KEY, digest BLOB NOT NULL, scopes TEXT NOT NULL, name TEXT NOT NULL, created_at TEXT NOT NULL,
+    last_used_on TEXT) STRICT;
 """
 
 

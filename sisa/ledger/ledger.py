@@ -8,8 +8,10 @@ from pathlib import Path
 from sisa.errors import DamagedError
 from sisa.ledger.database import Database
 from sisa.ledger.partitions import Partitions
+from sisa.ledger.replicas import Replicas
 from sisa.ledger.requests import Requests
 from sisa.ledger.stages import Stages
+from sisa.ledger.tokens import Tokens
 from sisa.ledger.versions import Versions
 from sisa.state import JSON
 
@@ -23,6 +25,8 @@ class Ledger:
         self.stages = Stages(database, self.partitions)
         self.versions = Versions(database, self.stages)
         self.requests = Requests(database, self.versions)
+        self.replicas = Replicas(database, self.versions)
+        self.tokens = Tokens(database)
 
     @classmethod
     def open(cls, path: Path) -> Ledger:

@@ -24,6 +24,7 @@ class Partition:
     subjects: int
     membership: str
     next_membership: str | None = None
+    next_records: int | None = None
     changes: int = 0
     dirty: bool = False
 
@@ -96,6 +97,7 @@ def _partition(row: sqlite3.Row) -> Partition:
         subjects=row["subjects"],
         membership=row["membership"],
         next_membership=row["next_membership"],
+        next_records=row["next_records"],
         changes=row["changes"],
         dirty=bool(row["dirty"]),
     )

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sisa.errors import UserError
+from sisa.errors import StoreError, UserError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger.database import Database, now
 from sisa.ledger.versions import Versions
@@ -87,15 +87,18 @@ class Requests:
         self._versions = versions
         self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
 
-    def accept(self, targets: Sequence[Target], *, reason: str) -> Acceptance:
+    def accept(self, targets: Sequence[Target], *, reason: str, key_check: str | None = None) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
 
         Targets that are excluded already are left out: the requests that did it are answered beside the new one.
 
         Raises:
             UserError: There is nothing to delete.
+            StoreError: The digests of ``targets`` were made with an exclusion key that was replaced meanwhile.
         """
         with self._db.transaction():
+            if key_check is not None and not self._is_key(key_check):
+                raise StoreError("the exclusion key was replaced while ids were looked up", hint="Run the command again.")
             before = self.excluded_by((t.kind, t.digest) for t in targets)
             new = {(t.kind, t.digest): t for t in targets if (t.kind, t.digest) not in before and t.places}
             if not new:
@@ -106,6 +109,10 @@ class Requests:
             identifier = f"del-{secrets.token_hex(8)}"
             self._insert(identifier, list(new.values()), reason=reason)
             return Acceptance(self.get(identifier), repeated=False, earlier=self._in_order(set(before.values())))
+
+    def _is_key(self, key_check: str) -> bool:
+        row = self._db.row("SELECT value FROM facts WHERE name = 'exclusion_key'")
+        return row is not None and row["value"] == key_check
 
     def _in_order(self, identifiers: Collection[str]) -> tuple[Request, ...]:
         rows = self._db.rows(

@@ -60,6 +60,7 @@ class Deletion(_Answer):
     version_before: int
     version_quarantine: int | None
     version_after: int | None
+    """Of ``requests``, the newest; None while one is due."""
     seconds_to_quarantine: float
     seconds: float
     repeated: bool = False

@@ -162,17 +162,21 @@ class Store:
         Raises:
             DamagedError: Rows can't be read, so that nobody's can be erased from them.
         """
-        damage = accepted.damage
+        damaged: dict[int, DamagedError] = {}
         for request in accepted.requests:
-            try:
-                settle(self.opened, request, reporter)
-            except DamagedError as error:
-                damage = damage or error
+            damaged |= settle(self.opened, request, reporter)
+        damage = next(iter(damaged.values()), None)
         if damage is not None:
             raise DamagedError(
                 f"{accepted.request.id} is accepted and no prediction uses what may have seen these rows, "
                 f"but not all of them could be erased: {damage.message}",
                 hint=damage.hint,
+            )
+        if accepted.repeated and accepted.damage is not None:
+            raise DamagedError(
+                f"{accepted.request.id} was carried out; but now nobody can tell whether these rows came back: "
+                f"{accepted.damage.message}",
+                hint=accepted.damage.hint,
             )
 
     def _repair_after(self, accepted: Accepted, execution: Execution, reporter: Reporter) -> str:
