@@ -12,11 +12,13 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sisa.errors import BusyError
+from sisa.errors import BusyError, DamagedError
 
 TEMPORARY = "tmp-"
 """Prefix of files and folders that are not (or no longer) part of the store."""
@@ -53,13 +55,20 @@ def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a scratch path to write to; on success it durably replaces ``path``, else it is removed."""
+def replacing(path: Path, *, naming: AbstractContextManager[object] | None = None) -> Iterator[Path]:
+    """Yield a scratch path to write to; on success it durably replaces ``path``, else it is removed.
+
+    Args:
+        path: What is replaced.
+        naming: Entered when the scratch file is durable, and left when it has its name: what it raises on the way in
+            keeps the old file in place.
+    """
     scratch = temporary_beside(path)
     try:
         yield scratch
         fsync_path(scratch)
-        os.replace(scratch, path)
+        with naming or contextlib.nullcontext():
+            os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
@@ -150,9 +159,10 @@ class FileLock:
 
         Raises:
             BusyError: Someone else still held it when the time was up.
+            DamagedError: Something other than a plain file has the lock's name.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = self._opened()
         try:
             self._take(descriptor, timeout_s, poll)
         except BaseException:
@@ -162,6 +172,26 @@ class FileLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
         self._descriptor = descriptor
+
+    def _opened(self) -> int:
+        """Open the lock's file itself: what a link points to is nobody's to write to."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if os.path.lexists(self.path) and not stat.S_ISREG(self.path.lstat().st_mode):
+                raise self._strange() from error
+            raise
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise self._strange()
+
+    def _strange(self) -> DamagedError:
+        return DamagedError(
+            f"{self.path.parent.name}/{self.path.name}: expected the file of a lock, found a symbolic link, a folder or "
+            "a device; nothing was written to it",
+            hint="Remove it, then run the command again: a lock's file is made when it is missing.",
+        )
 
     def _take(self, descriptor: int, timeout_s: float | None, poll: Callable[[], None] | None) -> None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

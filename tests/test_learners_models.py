@@ -186,6 +186,11 @@ def package(tmp_path, monkeypatch):
         path.write_text(dedent(content))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
+    forget()
+
+
+def forget():
+    """Know no more of the package than a new process does."""
     for name in [name for name in sys.modules if name.startswith(("mine_pkg", "mine_late"))]:
         del sys.modules[name]
 
@@ -200,6 +205,7 @@ def test_any_change_of_a_models_source_changes_the_code_version(package, changed
     assert code_version(mine()) == before
     path = package / "mine_pkg" / f"{changed}.py"
     path.write_text(path.read_text() + "# other\n")
+    forget()
     assert code_version(mine()) != before
 
 
@@ -208,6 +214,7 @@ def test_packages_around_a_factory_count_although_nothing_imports_them(package):
     versions = [code_version(spec)]
     for name in ("mine_pkg/sub/__init__.py", "mine_pkg/__init__.py"):
         (package / name).write_text("x = 1\n")
+        forget()
         versions.append(code_version(spec))
     assert len(set(versions)) == 3
 

@@ -221,6 +221,32 @@ def test_3_keys_that_omit_the_code(tmp_path, monkeypatch):
         again(store, tmp_path, recipe, tmp_path / "store.parquet")
 
 
+def test_3_keys_of_new_code_for_weights_of_the_old(tmp_path, monkeypatch):
+    """A process that goes on with the old source under the file's new digest: it trains nothing more, and forgets."""
+    source = tmp_path / "package" / "model_of_another_user.py"
+    source.parent.mkdir()
+    monkeypatch.syspath_prepend(str(source.parent))
+    source.write_text(MODEL.format(activation="Tanh"))
+    recipe = {**RECIPE, "model": {"factory": "model_of_another_user:build"}}
+    store = train(tmp_path, recipe, TABLE)
+    before = digests(store)
+    source.write_text(MODEL.format(activation="ReLU"))
+    refused = r"the source of 'model_of_another_user' changed since this process imported it"
+    asked = at(tmp_path, recipe, tmp_path / "store.parquet")
+    for upgrade in (False, True):
+        with pytest.raises(FootingError, match=refused) as caught:
+            sisa.train(asked, store=tmp_path / "store", executor="inline", upgrade=upgrade)
+        assert "Restart Python" in caught.value.hint
+    with pytest.raises(FootingError, match=refused):
+        sisa.train(asked, store=tmp_path / "fresh", executor="inline")
+    assert digests(store) == before
+    done = store.delete(subjects=[TABLE["person"][0].as_py()], executor="inline")
+    assert (done.state, done.version_after) == ("stages_purged", None)
+    assert "changed since this process imported it" in done.note
+    source.write_text(MODEL.format(activation="Tanh"))
+    assert store.repair(executor="inline").state == "repaired"
+
+
 def test_3_a_recipe_that_was_changed_after_training_is_refused_with_the_difference(trained, tmp_path):
     asked = at(tmp_path, changed({"training": {"batch_size": 8}}), write(TABLE, tmp_path / "all.parquet"))
     with pytest.raises(sisa.errors.UserError, match=r"training\.batch_size: the store has 4, asked for 8"):

@@ -20,7 +20,7 @@ import tables
 from store_kit import again, assert_same, at, copied, scratch, slices, train, write
 
 import sisa
-from sisa.errors import UserError
+from sisa.errors import FootingError, UserError
 from sisa.execution import cluster
 
 FACTORY = """
@@ -213,6 +213,26 @@ def test_14_a_model_that_fails_on_a_worker_says_no_values(session, tmp_path, mon
         train(tmp_path, recipe, TABLE, executor="ray", workers=2)
     assert "[" not in caught.value.message
     assert not holding_traces(session)
+
+
+@pytest.mark.usefixtures("session")
+def test_14_a_worker_that_imports_another_model_than_the_driver(tmp_path, monkeypatch):
+    """The source is edited after the keys were made, and before a worker imports it."""
+    source = tmp_path / "package" / "edited_model.py"
+    source.parent.mkdir()
+    source.write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(source.parent))
+    real = cluster._import_paths
+
+    def overtaken():
+        source.write_text(FACTORY + "# other\n")
+        return real()
+
+    monkeypatch.setattr(cluster, "_import_paths", overtaken)
+    recipe = {**RECIPE, "model": {"factory": "edited_model:build"}}
+    with pytest.raises(FootingError, match="not the one that the chain was trained with"):
+        train(tmp_path, recipe, TABLE, executor="ray", workers=2)
+    assert not sisa.open_store(tmp_path / "store").opened.ledger.stages.all()
 
 
 def test_14_rows_and_ids_are_left_in_rays_folders(session, trained, tmp_path):

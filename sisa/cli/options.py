@@ -32,7 +32,7 @@ def execution_options(function: F) -> F:
         click.option(
             "--workers", type=click.IntRange(min=1), metavar="N", help="Chains trained at a time (default: cores)."
         ),
-        click.option("--address", metavar="RAY", help="A running Ray cluster, e.g. ray://head:10001 or auto."),
+        click.option("--address", metavar="RAY", help="A running Ray cluster, e.g. head:6379 or auto."),
         click.option(
             "--executor",
             type=click.Choice(["auto", "ray", "inline"]),

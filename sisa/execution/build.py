@@ -62,12 +62,12 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
         reporter: Who wants to know.
         what: What the progress bar says.
     """
-    partitions = {shard: _trained_slices(store, shard) for shard in plan.shards}
+    partitions, failures = _trained_slices(store, plan.shards)
     dirty = {shard for shard, slices in partitions.items() if any(p.dirty for p in slices)}
     tasks = [_task(store, plan, shard, slices) for shard, slices in partitions.items() if shard not in dirty]
     work = {task.shard: _work_left(store, plan, task) for task in tasks}
     tasks.sort(key=lambda task: -work[task.shard])  # longest first
-    done = Build(interrupted=dirty)  # a slice with rows of deleted people is settled first
+    done = Build(interrupted=dirty, failures=failures)  # a slice with rows of deleted people is settled first
     collect = _Collector(store, plan, partitions, done, reporter)
     total = sum(work.values())
     reporter.begin(what, total)
@@ -121,8 +121,22 @@ class _Collector:
             self._done.failures[shard] = error
 
 
-def _trained_slices(store: OpenStore, shard: int) -> list[Partition]:
-    return [p for p in store.ledger.partitions.all(shard) if p.slice != HOLDOUT_SLICE]
+def _trained_slices(
+    store: OpenStore, shards: Sequence[int]
+) -> tuple[dict[int, list[Partition]], dict[int, SisaError]]:
+    """Return slices 1..R of each shard; and, of shards for which the ledger lists others, what is wrong."""
+    partitions: dict[int, list[Partition]] = {}
+    failures: dict[int, SisaError] = {}
+    for shard in shards:
+        slices = [p for p in store.ledger.partitions.all(shard) if p.slice != HOLDOUT_SLICE]
+        if [p.slice for p in slices] == list(range(1, store.slices + 1)):
+            partitions[shard] = slices
+        else:
+            failures[shard] = DamagedError(
+                f"the ledger doesn't list exactly slices 1 to {store.slices} of shard {shard}",
+                hint="Restore the ledger from a copy that was made while no command ran; `sisa verify` lists what is wrong.",
+            )
+    return partitions, failures
 
 
 def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> ChainTask:

@@ -12,16 +12,18 @@ import logging
 import os
 import queue
 import secrets
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from sisa.errors import SisaError, StoreError, UserError
+from sisa.execution.folder import working_folder
 from sisa.execution.inline import OnFailure
+from sisa.execution.interrupts import interrupts_deferred
+from sisa.execution.options import refuse_client
 from sisa.training.chain import ChainTask, run_chain
 from sisa.training.events import Event, Report, Trained
 
@@ -74,6 +76,23 @@ def run_on_ray(
                     ray.cancel(stream, force=True)
 
 
+def running_cluster() -> str:
+    """Return the address (host:port) that "auto" stands for here.
+
+    Raises:
+        UserError: No cluster runs on this machine, and RAY_ADDRESS names none.
+    """
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return str(get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise UserError(
+            "--address 'auto': no Ray cluster runs on this machine",
+            hint="Start one, give its address, or leave it out to run on this machine.",
+        ) from error
+
+
 def _take(ray: Any, stream: Any, report: Report, on_failure: OnFailure, task: ChainTask) -> str:
     """Take one item from a chain's stream; say whether the chain is running, ended or died."""
     try:
@@ -83,12 +102,22 @@ def _take(ray: Any, stream: Any, report: Report, on_failure: OnFailure, task: Ch
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError,
             ray.exceptions.OutOfMemoryError, ray.exceptions.TaskUnschedulableError):  # fmt: skip
         return "died"
+    except ray.exceptions.RaySystemError as error:
+        raise UserError(
+            f"--address: a worker of the cluster can't take up its chain: {_first_cause(error)}",
+            hint="Its workers need this package in the same version, with the libraries that it needs.",
+        ) from error
     if isinstance(item, SisaError):
         on_failure(task.shard, item)
     else:
         for event in item:
             report(event)
     return "running"
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return what went wrong in the worker: the last line that says something."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
 
 
 def _died(task: ChainTask) -> StoreError:
@@ -135,7 +164,11 @@ def _import_paths() -> list[str]:
 
 @contextlib.contextmanager
 def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
-    """Yield Ray, connected; a cluster that we started is stopped and its files are removed."""
+    """Yield Ray, connected; a cluster that we started is stopped and its files are removed.
+
+    Raises:
+        UserError: There is no cluster at ``address``, or none of a kind that can be used, or none can be started.
+    """
     if address is None:
         # A local cluster listens on the machine's interfaces: let nobody in without this session's token.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -150,31 +183,30 @@ def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    folder = None
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    try:
-        if address is None:
-            folder = tempfile.mkdtemp(prefix="sisa-ray-", dir=_short_temporary_folder())
-            options |= {"num_cpus": cores, "include_dashboard": False, "_temp_dir": folder}
-            options |= {"object_store_memory": 128 * 2**20}
-        else:
-            options["address"] = address
+    with contextlib.nullcontext() if address is not None else working_folder() as folder:
         try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f"at {address!r} " if address else ""
-            raise UserError(
-                f"--address: no Ray cluster {where}could be reached or started ({type(error).__name__})",
-                hint="Check the address, or leave it out to run on this machine.",
-            ) from error
-        yield ray
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with interrupts_deferred():
+                _connect(ray, address, cores=cores, folder=folder)
+            yield ray
+        finally:
+            with interrupts_deferred():
+                ray.shutdown()
 
 
-def _short_temporary_folder() -> str:
-    """Ray's sockets lie under its folder, and a socket's path has at most 107 characters."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= 20 else "/tmp"  # noqa: S108 - mkdtemp makes it private
+def _connect(ray: Any, address: str | None, *, cores: int, folder: Path | None) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if address is None:
+        # "local" is said aloud: without it RAY_ADDRESS, or a cluster that runs here, would be joined instead.
+        options |= {"address": "local", "num_cpus": cores, "include_dashboard": False, "_temp_dir": str(folder)}
+        options |= {"object_store_memory": 128 * 2**20}
+    else:
+        refuse_client(address)
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"at {address!r} " if address else ""
+        raise UserError(
+            f"--address: no Ray cluster {where}could be reached or started ({type(error).__name__})",
+            hint="Check the address, or leave it out to run on this machine.",
+        ) from error

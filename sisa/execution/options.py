@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
+from sisa.errors import UserError
 from sisa.planning.cost import predicted_seconds
 from sisa.recipe import Recipe
 
 INLINE_BELOW_S = 10.0
 """Ray costs some five seconds to start: work shorter than this runs in the calling process."""
+CONNECT_WITHIN_S = 5.0
+"""How long a cluster's host may take to accept a connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,25 @@ class Execution:
     """A running Ray cluster; without it Ray is started on this machine and stopped afterwards."""
     workers: int | None = None
     """How many chains at a time; by default one a core."""
+
+    def check(self) -> None:
+        """Make sure that somebody listens at ``address``: it costs a moment, and is asked before any work is done.
+
+        Whoever listens may still be no cluster, or be gone later: that is noticed when chains are to run. Where no
+        address was given, or none is used, there is nothing to check.
+
+        Raises:
+            UserError: The address is none, or nobody listens there.
+        """
+        if self.address is None or self.executor == "inline":
+            return
+        refuse_client(self.address)
+        place = self.address
+        if place == "auto":
+            from sisa.execution.cluster import running_cluster
+
+            place = running_cluster()
+        _connect(self.address, place)
 
     def uses_ray(self, recipe: Recipe, *, chains: int, record_epochs: int) -> bool:
         """Decide where to run, from sizes alone."""
@@ -42,6 +66,40 @@ class Execution:
         """Return how many chains run at a time."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         return max(1, min(self.workers or cores, chains))
+
+
+def refuse_client(address: str) -> None:
+    """Refuse an address of Ray Client, over which events can't be streamed.
+
+    Raises:
+        UserError: It is one.
+    """
+    if "://" in address:
+        raise UserError(
+            f"--address {address!r}: Ray Client is not supported yet; expected host:port or auto",
+            hint="Run the command on a node of the cluster, with --address auto.",
+        )
+
+
+def _connect(address: str, place: str) -> None:
+    """Open a connection to ``place`` (host:port) and close it."""
+    try:
+        parts = urlsplit(f"//{place}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(
+            f"--address {address!r}: expected host:port or auto",
+            hint="Ray says the address when it starts; or leave it out to run on this machine.",
+        )
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_WITHIN_S).close()
+    except OSError as error:
+        raise UserError(
+            f"--address {address!r}: nobody answers at {host}, port {port} ({error.strerror or error})",
+            hint="Start the cluster or check the address; or leave it out to run on this machine.",
+        ) from error
 
 
 def _guessed_products(recipe: Recipe) -> int:

@@ -6,18 +6,16 @@ the same seed, and then takes its parameters and buffers from the stage before.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from sisa.errors import UserError
+from sisa.errors import SisaError, UserError
+from sisa.learners.loaded import load
 from sisa.recipe import ModelSpec, Recipe
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -107,6 +105,8 @@ def _user_model(spec: ModelSpec, feature_shape: tuple[int, ...], class_count: in
     build = load_factory(spec.factory or "")
     try:
         model = build(feature_shape, class_count, **spec.options)
+    except SisaError:
+        raise  # what it imports isn't what it was
     except Exception as error:
         raise UserError(
             f"model.factory: {spec.factory} failed with {type(error).__name__}: {error}",
@@ -123,18 +123,10 @@ def load_factory(factory: str) -> Callable[..., Any]:
 
     Raises:
         UserError: There is no such module or function.
+        FootingError: The module's source is another than this process checked.
     """
     module_name, _, function_name = factory.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"model.factory: {module_name!r} can't be imported: {type(error).__name__}: {error}",
-            hint="Run where the package can be imported: install it, or set PYTHONPATH to its folder.",
-        ) from error
+    module = load(module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"model.factory: {module_name!r} has no function {function_name!r}")

@@ -71,6 +71,7 @@ def train(
     layout = Layout.at(place)
     reporter = reporter or Silent()
     execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
+    execution.check()
     opened, missing = _ingested(asked, layout, reporter, upgrade=upgrade)
     with opened.operation_lock().held(timeout_s=0):
         done = _build(opened, execution, reporter, upgrade=upgrade)

@@ -1,12 +1,15 @@
 """Answering a table: the input's columns plus ``prediction``, ``scores`` and ``version``.
 
-The output appears whole or not at all. If a quarantine is published while it is computed, the answers
-so far are void: everything is computed again from the version that is live then.
+The output appears whole or not at all. If a quarantine is published before it does, its answers are void: everything
+is computed again from the version that is live then. In order: write beside the target, make it durable, look for a
+quarantine, rename. The look and the rename hold the ledger in one state, so that a deletion is acknowledged either
+before the look, which sees it, or after the file was there.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,22 +63,55 @@ def predict_table(store: Store, source: str, output: str | Path, *, reporter: Re
         NoConstituentError: No clean constituent is left.
         DamagedError: A stage that should answer is damaged.
     """
-    target = Path(output)
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"--output {str(target)!r}: its folder doesn't exist", hint="Make the folder first.")
-    if target.is_dir():
-        raise UserError(f"--output {str(target)!r}: expected a file, found a folder")
     opened = store.opened
+    target = _target(output, opened.layout.root)
     table = open_input(source, opened.recipe, added=ADDED)
     reporter = reporter or Silent()
     ensemble = LiveEnsemble(opened)
     for _ in range(TRIES):
-        with contextlib.suppress(_Overtaken), replacing(target.absolute()) as scratch:
-            done = _answer(opened, ensemble, table, scratch, reporter)
-            if ensemble.overtaken(done.version):
-                raise _Overtaken
+        with contextlib.suppress(_Overtaken):
+            done = _written(opened, ensemble, table, target, reporter)
             return Prediction(str(output), done.rows, done.version, done.voters, opened.classes)
     raise StoreError("the ensemble kept changing while the table was answered", hint="Try again.")
+
+
+def _target(output: str | Path, store: Path) -> Path:
+    """Return where the output goes.
+
+    Raises:
+        UserError: Nothing can be written there, or it is part of the store, by whatever way one gets there.
+    """
+    target = Path(output).absolute()
+    if not target.parent.is_dir():
+        raise UserError(f"--output {str(output)!r}: its folder doesn't exist", hint="Make the folder first.")
+    if target.is_dir():
+        raise UserError(f"--output {str(output)!r}: expected a file, found a folder")
+    folder = target.parent.resolve()
+    if any(around.samefile(store) for around in (folder, *folder.parents)):
+        raise UserError(
+            f"--output {str(output)!r}: lies in the store, whose files are its own",
+            hint="Name a file in another folder.",
+        )
+    return target
+
+
+def _written(opened: OpenStore, ensemble: LiveEnsemble, table: Source, target: Path, reporter: Reporter) -> Prediction:
+    """Write the answers to ``target``.
+
+    Raises:
+        _Overtaken: A quarantine was published meanwhile; ``target`` is as it was.
+    """
+
+    @contextlib.contextmanager
+    def still_valid() -> Iterator[None]:
+        with opened.ledger.database.snapshot():  # whoever commits waits for it to end: some microseconds
+            if ensemble.overtaken(done.version):
+                raise _Overtaken
+            yield
+
+    with replacing(target, naming=still_valid()) as scratch:
+        done = _answer(opened, ensemble, table, scratch, reporter)
+    return done
 
 
 def _answer(opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: Path, reporter: Reporter) -> Prediction:

@@ -297,11 +297,13 @@ class Store:
         started = time.monotonic()
         reporter = reporter or Silent()
         ledger = self.opened.ledger
+        execution = _execution(executor, address, workers)
         if not ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
         settle_all(self.opened, reporter)  # even if nothing may be trained here; damage is told below
+        execution.check()
         before = ledger.versions.live_number()
-        done = self._bring_up(range(self.opened.shards), _execution(executor, address, workers), reporter, heal=True)
+        done = self._bring_up(range(self.opened.shards), execution, reporter, heal=True)
         if done.damaged_rows is not None:
             raise done.damaged_rows
         closed = [ledger.requests.get(identifier) for identifier in done.requests]
@@ -347,6 +349,7 @@ class Store:
         from sisa.proof.verify import verify
 
         execution = _execution(executor, address, workers)
+        execution.check()
         with self.opened.operation_lock().held(timeout_s=0):
             return verify(self.opened, replay=replay, execution=execution, reporter=reporter or Silent())
 

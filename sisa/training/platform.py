@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -24,19 +23,12 @@ from sisa.learners.optimizers import implementation
 from sisa.lineage import SEMANTICS
 from sisa.recipe import Recipe
 from sisa.state import JSON
+from sisa.training.steering import steering
 
 __all__ = ["fingerprint", "platform_id", "training_flags"]
 
 INSTRUCTION_SETS = ("sse4", "avx", "fma", "amx", "bmi", "f16c", "asimd", "sve")
 """Prefixes of the processor's flags by which numeric libraries choose their kernels."""
-STEERING = (
-    "ATEN_CPU_CAPABILITY",
-    "MKL_CBWR",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_MAX_CPU_ISA",
-    "NPY_DISABLE_CPU_FEATURES",
-)
-"""Environment variables by which a user chooses them."""
 
 
 def fingerprint(recipe: Recipe) -> dict[str, JSON]:
@@ -55,6 +47,7 @@ def fingerprint(recipe: Recipe) -> dict[str, JSON]:
         "flags": ["deterministic", "float32", "highest precision", "no flushed denormals", "eager"],
         "optimizer": implementation(recipe),
         "memory_format": "channels_last" if wants_channels_last(recipe) else "contiguous",
+        "environment": steering(device.type),
     }
 
 
@@ -74,7 +67,6 @@ def _process() -> dict[str, JSON]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "processor": list(_processor()),
         "mkldnn": bool(torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()),
-        "environment": {name: os.environ[name] for name in STEERING if name in os.environ},
     }
 
 
