@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import crash_kit as kit
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as papq
 import pytest
@@ -22,9 +25,15 @@ from store_kit import at, train, write
 
 import sisa
 from sisa.checkpoints.manifest import sealed
-from sisa.errors import DamagedError
+from sisa.cli.main import run
+from sisa.errors import BusyError, DamagedError
+from sisa.files import FileLock
 from sisa.layout import Layout
+from sisa.lineage import membership
 from sisa.opening import open_store, renew_exclusion_key
+from sisa.proof import rows, verify
+from sisa.proof.chain import batch_count
+from sisa.training.order import batch_sizes
 
 TABLE = kit.people(12)
 PROBE = TABLE.select(["x", "z"])
@@ -281,6 +290,34 @@ def test_text_that_was_added_to_the_recipe(root: Path) -> None:
     assert any(problem.startswith("recipe.yaml:") for problem in problems(root))
 
 
+def test_a_lock_is_not_written_through_a_link(world: World, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = root.parent / "outside"
+    outside.write_text("somebody's letter")
+    for name in ("ingest", "rows-0001", "shard-0001", "operation"):  # in the order in which a deletion takes them
+        path = root / "locks" / f"{name}.lock"
+        for target in (outside, root.parent / "nothing"):
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+            words = ["delete", "--subject", world.people[1, 2][1], "--executor", "inline", "--json"]
+            assert run([*words, "--store", str(root)]) == 3
+            assert f"locks/{name}.lock: expected the file of a lock" in json.loads(capsys.readouterr().out)["error"]["message"]  # fmt: skip
+            assert outside.read_text() == "somebody's letter"
+            assert not (root.parent / "nothing").exists()
+        path.unlink()
+    repair(root)
+    assert problems(root) == []
+
+
+def test_a_lock_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(DamagedError, match=f"{name}: expected the file of a lock"):
+            FileLock(tmp_path / name).acquire(timeout_s=0)
+    with FileLock(tmp_path / "plain").held(timeout_s=0), pytest.raises(BusyError):
+        FileLock(tmp_path / "plain").acquire(timeout_s=0)
+
+
 LINKS = [
     ROWS, "records/shard=0001/slice=01", "records/shard=0001", "records/holdout", "records", "checkpoints",
     "checkpoints/shard-0001", "checkpoints/shard-0001/STAGE", "checkpoints/shard-0001/STAGE/state",
@@ -351,6 +388,23 @@ COLUMNS: dict[str, tuple[list[str], str]] = {
     "nobody excluded any more": (["DELETE FROM exclusions"], "excludes 0 records"),
     "a record that is excluded no more": (["DELETE FROM exclusions WHERE kind = 'record' AND rowid = (SELECT min(rowid) FROM exclusions WHERE kind = 'record')"], r"excludes \d+ records"),
     "a record too many that is excluded": (["INSERT INTO exclusions SELECT 'record', x'00', id FROM requests"], r"excludes \d+ records"),
+    "people that are excluded no more": (["DELETE FROM exclusions WHERE kind = 'subject'"], r"excludes \d+ records and 0 subjects, it was accepted for \d+ records and 1 subjects"),
+    "other people excluded": (["UPDATE exclusions SET digest = randomblob(16) WHERE kind = 'subject'"], "excludes others than it was accepted for"),
+    "other records excluded": (["UPDATE exclusions SET digest = randomblob(16) WHERE kind = 'record'"], "excludes others than it was accepted for"),
+    "people excluded as records": (["UPDATE exclusions SET kind = 'record' WHERE kind = 'subject'"], r"excludes \d+ records and 0 subjects"),
+    "exclusions of another kind": (["UPDATE exclusions SET kind = 'person' WHERE kind = 'subject'"], "exclusions have a line of a kind that there is not"),
+    "an exclusion of another kind beside them": (["INSERT INTO exclusions SELECT 'person', digest, request FROM exclusions"], "exclusions have a line of a kind that there is not"),
+    "a fact that nobody asks for": (["INSERT INTO facts VALUES ('rows', 'somebody''s')"], "ledger: facts has a line that no ledger has"),
+    "numbers of another table": (["INSERT INTO sqlite_sequence VALUES ('somebody''s', 1)"], "numbers are remembered of a table that gives none"),
+    "a stage of old that there is not": (["UPDATE members SET stage = 7 WHERE version = 1 AND key IS NULL"], "version 1: shard 1 was served from a stage that there never was"),
+    "a stage of old that was never purged": (["UPDATE members SET stage = 1 WHERE version = 1 AND key IS NULL"], "version 1: shard 1 was served from a stage that there never was"),
+    "members of no version": (["INSERT INTO members VALUES (99, 0, 1, 'somebody''s', 'rows')"], "members has lines of a version that there is not"),
+    "a request of a version that is no quarantine": (["UPDATE versions SET request = 'del-0' WHERE cause = 'train'"], "a version that is no quarantine names a request"),
+    **{
+        f"a request's {column}": ([f"UPDATE requests SET {column} = {column} + 1"], f"has another {column} than was noted")
+        for column in ("subjects", "records", "version_before", "version_quarantine", "version_after", "stages_retrained")
+    },
+    "a request that nothing came after": (["UPDATE requests SET version_after = NULL"], "has another version_after than was noted"),
     "the fingerprint": (["UPDATE facts SET value = replace(value, '\"python\"', '\"pythom\"') WHERE name = 'fingerprint'"], "fingerprint"),
     "an unreadable fingerprint": (["UPDATE facts SET value = 'x' WHERE name = 'fingerprint'"], "fingerprint"),
     "the platform": (["UPDATE facts SET value = '0123456789ab' WHERE name = 'platform'"], "fingerprint"),
@@ -454,6 +508,12 @@ HISTORY: dict[str, tuple[list[str], str]] = {
     "no stage was ever purged": (["DELETE FROM past_stages"], "shard 1, stage 2 was not trained or purged"),
     "an event that is none": (["UPDATE events SET detail = '[' WHERE number = 3"], "an event is unreadable"),
     "an event of another form": (["UPDATE events SET detail = '7' WHERE number = 3"], "an event is unreadable"),
+    "events numbered far away": (["UPDATE events SET number = 1000000000000 WHERE number = 3"], "events are missing"),
+    "numbers remembered that were never given": (["UPDATE sqlite_sequence SET seq = 1000000000000 WHERE name = 'events'"], "events are missing"),
+    "numbers remembered that are none": (["UPDATE sqlite_sequence SET seq = NULL WHERE name = 'requests'"], "requests are missing"),
+    "an event nested too deeply": ([f"UPDATE events SET detail = '{'[' * 100_000}' WHERE number = 3"], "an event is unreadable"),
+    "an acceptance that says of nobody": (["UPDATE events SET detail = json_remove(detail, '$.excluded') WHERE kind = 'request_accepted'"], r"excludes \d+ records and 1 subjects, it was accepted for \? records"),
+    "places that are lists": (["UPDATE events SET detail = '{\"shard\": []}' WHERE kind = 'stage_trained'"], "stages: can't be checked: TypeError"),
     "places that are none": (["UPDATE events SET detail = '{\"shard\": \"x\"}' WHERE kind = 'stage_trained'"], "was not trained or purged"),
 }  # fmt: skip
 
@@ -474,6 +534,107 @@ def test_rows_that_the_history_does_not_know(world: World, tmp_path: Path) -> No
     assert re.search(r"history was edited: \d+ records were ingested, but", problem)
 
 
+def test_a_slice_of_the_holdout_that_vanished_after_a_deletion(root: Path) -> None:
+    """No stage has seen its rows: only their number, of which deletions explain a part, is left of them."""
+    assert ask(root, "SELECT records > 0, changes FROM partitions WHERE shard = 0 AND slice = 0") == [(1, 0)]
+    (root / "records/holdout/shard=0000/part-00000.parquet").unlink()
+    nothing = membership(np.zeros((0, 16), np.uint8), np.zeros((0, 16), np.uint8))
+    edit(root, f"UPDATE partitions SET records = 0, subjects = 0, membership = '{nothing}' WHERE shard = 0 AND slice = 0")  # fmt: skip
+    (problem,) = problems(root)
+    assert re.search(r"^history was edited: \d+ records were ingested, but", problem)
+
+
+def test_requests_that_share_records_remember_their_own(world: World, root: Path) -> None:
+    """A record is excluded once, by the first request that asked for it."""
+    person = world.people[0, 1][0]
+    record = next(
+        r for r, p in zip(*TABLE.select(["record", "person"]).to_pydict().values(), strict=True) if p == person
+    )
+    store = kit.reopened(root)
+    store.delete(records=[record], executor="inline", defer=True)
+    store.delete(subjects=[person, world.people[1, 0][0]], executor="inline")
+    store.close()
+    assert problems(root) == []
+    edit(root, "DELETE FROM exclusions WHERE kind = 'subject' AND request = (SELECT id FROM requests WHERE number = 3)")
+    assert any("and 0 subjects, it was accepted for" in problem for problem in problems(root))
+
+
+# --- values that nobody wrote -----------------------------------------------------------------------
+
+FAR = {"INTEGER": ["1000000000000", "-1"], "REAL": ["9e999"], "BLOB": ["x''"], "TEXT": ["'x'", "''", "'[[]]'"]}
+TABLES = [
+    "facts", "partitions", "requests", "request_partitions", "exclusions", "stages", "past_stages", "versions", "members",
+    "events",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_whatever_a_column_says_is_a_problem_and_no_crash(root: Path, table: str) -> None:
+    before = (root / "ledger.db").read_bytes()
+    for _, column, type_, *_ in ask(root, f"PRAGMA table_info({table})"):
+        for value in FAR[type_]:
+            for which in ("min", "max"):
+                edit(root, f"UPDATE OR REPLACE {table} SET {column} = {value} WHERE rowid = (SELECT {which}(rowid) FROM {table})")  # fmt: skip
+                with contextlib.suppress(DamagedError):  # it doesn't open
+                    problems(root)
+                (root / "ledger.db").write_bytes(before)
+
+
+def test_a_stage_of_very_many_records_is_not_counted_one_by_one(root: Path) -> None:
+    edit(root, "UPDATE stages SET records = 1000000000000")
+    found = problems(root)
+    assert len([problem for problem in found if "its manifest was changed: records, steps" in problem]) == 4
+    for records in range(40):
+        for batch_size in (1, 2, 3, 4, 7):
+            batches = len(batch_sizes(records=records, batch_size=batch_size))
+            assert batch_count(records=records, batch_size=batch_size) == batches
+
+
+def test_a_place_far_away_stops_no_check(world: World, root: Path) -> None:
+    delete(root, world.people[1, 2][1], defer=True)
+    edit(root, "UPDATE request_partitions SET slice = 1000000000000")
+    found = problems(root)
+    assert "ledger: shard 1, slice 1000000000000: there is no such slice" in found
+    assert not any("can't be checked" in problem for problem in found)
+
+
+def test_what_no_check_foresaw_is_a_problem_without_values(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unforeseen(*_: Any, **__: Any) -> list[str]:
+        raise ValueError("somebody's")
+
+    for name in ("check_ledger", "check_files", "check_stages", "check_versions", "run_replay"):
+        monkeypatch.setattr(verify, name, unforeseen)
+    monkeypatch.setattr(rows, "_uncounted", unforeseen)
+    found = problems(root, replay="all")
+    for what in ("ledger", "files", "shard 0", "shard 1, holdout", "shard 1, slice 2", "versions", "replay"):
+        assert f"{what}: can't be checked: ValueError" in found
+    assert not any("somebody's" in problem for problem in found)
+
+
+SLICES: dict[str, str] = {
+    "one is missing": "DELETE FROM partitions WHERE shard = 1 AND slice = 2",
+    "one too many": "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (1, 3, 0, 0, '')",
+    "one far away": "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (1, 1000000000000, 0, 0, '')",
+    "one elsewhere": "UPDATE partitions SET slice = 7 WHERE shard = 1 AND slice = 0",
+    "all are missing": "DELETE FROM partitions WHERE shard = 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_that_the_ledger_does_not_list(
+    world: World, root: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(root, SLICES[name])
+    found = problems(root, replay="all")
+    assert any(problem.startswith("ledger: shard 1, ") for problem in found)
+    assert "replay of shard 1: the ledger doesn't list exactly slices 1 to 2 of shard 1" in found
+    recipe = root.parent / "recipe.json"  # JSON is YAML
+    recipe.write_text(json.dumps(world.recipe))
+    for words in (["repair"], ["train", str(recipe)], ["delete", "--subject", world.people[1, 1][0]]):
+        assert run([*words, "--store", str(root), "--executor", "inline", "--json"]) == 3
+        assert "internal" not in capsys.readouterr().out
+
+
 # --- what nobody edited -----------------------------------------------------------------------------
 
 UNFINISHED = re.compile(
@@ -482,7 +643,7 @@ UNFINISHED = re.compile(
     r"|the ledger says that the ingest has not ended"
     r"|: stages \[.*\] are not trained"
     r"|\(orphan\)"
-    r"|(^|/)(tmp-\w+|scratch/\w+): nobody answers for this"
+    r"|(^|/)(tmp-\w+|scratch/\w+): left by a command that was killed"
     r"|unfinished file among the records"
     r"|: stops training for a deletion that has ended"
     r"|: tainted by a deletion and not purged"
@@ -534,6 +695,50 @@ def test_a_killed_repair_is_unfinished_and_nothing_else(world: World) -> None:
     check_killed(repair, template=broken, folder=world.folder / "repairs")
 
 
+def verify_all(root: Path) -> None:
+    problems(root, replay="all")
+
+
+LEFT = r": left by a command that was killed; `sisa repair` removes it$"
+
+
+@pytest.mark.parametrize(("function", "place"), [(verify_all, "scratch/"), (repair, "checkpoints/shard-0001/tmp-")])
+def test_repair_removes_what_a_killed_command_left(
+    world: World, root: Path, function: Callable[..., Any], place: str
+) -> None:
+    delete(root, world.people[1, 1][0], defer=True)
+    kit.killed_before(function, root, root=root, stop_at="rename in checkpoints.stage.write_stage")
+    (problem,) = problems(root)
+    assert problem.startswith(place)
+    assert re.search(LEFT, problem)
+    repair(root)
+    assert problems(root) == []
+
+
+def test_repair_removes_what_somebody_was_killed_removing(root: Path) -> None:
+    (root / "tmp-0123456789abcdef" / "deep").mkdir(parents=True)
+    (problem,) = problems(root)
+    assert re.search(LEFT, problem)
+    repair(root)
+    assert problems(root) == []
+
+
+@pytest.mark.parametrize("name", ["keys/tmp-x", "checkpoints/tmp-x", "checkpoints/shard-0009/tmp-x", "scratch/tmp-x"])
+def test_an_unfinished_file_that_no_repair_removes_is_a_strangers(root: Path, name: str) -> None:
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).touch()
+    assert problems(root) == [f"{name}: nobody answers for this file"]
+
+
+def test_what_a_killed_ingest_left_is_removed_by_the_next(world: World) -> None:
+    root = world.folder / "ingested"
+    (stop,) = {name for name in kit.operations(train_at, world.folder / "whole-ingest", world.recipe, root=world.folder / "whole-ingest") if name.endswith("write.write") and name.startswith("re")}  # fmt: skip
+    kit.killed_before(train_at, root, world.recipe, root=root, stop_at=stop)
+    assert "tmp-records: left by a command that was killed; `sisa train` removes it" in problems(root)
+    train_at(root, world.recipe)
+    assert problems(root) == []
+
+
 def test_a_deletion_that_is_not_repaired_yet_is_no_tampering(world: World, root: Path) -> None:
     for person in (world.people[1, 1][0], world.people[1, 1][1], world.people[0, 2][0], world.people[0, 0][0]):
         delete(root, person, defer=True)
@@ -558,6 +763,27 @@ def test_a_person_deleted_unseen_is_no_tampering(world: World, root: Path) -> No
     (root / ROWS).write_bytes(whole)
     repair(root)
     assert problems(root, replay="all") == []
+
+
+def test_a_person_deleted_unseen_from_one_of_two_sources_is_no_tampering(tmp_path: Path) -> None:
+    """Of somebody who lies in both, only one slice could be read."""
+    table = tables.mixed()
+    second = write(table.slice(30), tmp_path / "second.parquet")
+    recipe = tables.mixed_recipe()
+    recipe["data"] = {**recipe["data"], "holdout": {"source": str(second)}}
+    store = train(tmp_path, recipe, table.slice(0, 30))
+    root = store.opened.layout.root
+    both = set(table.slice(0, 30)["person"].to_pylist()) & set(table.slice(30)["person"].to_pylist())
+    for person in sorted(both):
+        shard, _ = store.opened.router.route_one(person)
+        path = root / f"records/holdout/shard={shard:04d}/part-00000.parquet"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
+        with pytest.raises(DamagedError):
+            store.delete(subjects=[person], executor="inline")
+        path.write_bytes(whole)
+        store.repair(executor="inline")
+        assert store.verify(executor="inline").problems == []
 
 
 def test_a_store_that_was_trained_twice_and_copied_is_no_tampering(world: World, tmp_path: Path, root: Path) -> None:

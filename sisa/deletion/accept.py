@@ -52,6 +52,7 @@ class _Found:
     places: set[tuple[int, int]] = field(default_factory=set)
     records: list[str] = field(default_factory=list)
     owners: set[str] = field(default_factory=set)
+    unseen: bool = False
 
 
 @dataclass
@@ -68,6 +69,7 @@ def accept(
     subjects: Sequence[str] = (),
     records: Sequence[str] = (),
     reason: str = "",
+    regime: str = "",
     ignore_missing: bool = False,
 ) -> Accepted | None:
     """Accept the deletion of subjects or records; None if no id is known and that is to be ignored.
@@ -89,7 +91,9 @@ def accept(
         raise _unknown(missing, asked=len(set(subjects) | set(records)))
     if not targets:
         return None
-    acceptance = store.ledger.requests.accept(targets, reason=reason, key_check=key_check(store.keys.exclusion))
+    acceptance = store.ledger.requests.accept(
+        targets, reason=reason, regime=regime, key_check=key_check(store.keys.exclusion)
+    )
     quarantines = [r.version_quarantine or 0 for r in (acceptance.request, *acceptance.earlier)]
     await_replicas(store, max(quarantines))
     if not acceptance.repeated:
@@ -137,6 +141,7 @@ def _resolve(
                     places=tuple(sorted(here.places)),
                     record_digests=tuple(records_of[record] for record in here.records),
                     owner_digests=tuple(owners_of[owner] for owner in here.owners),
+                    unseen=here.unseen,
                 )
             )
         if kind == "subject":
@@ -168,6 +173,7 @@ def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
             for subject in subjects:
                 search.found[subject].places.add(place)
                 search.found[subject].owners.add(subject)
+                search.found[subject].unseen = True
             continue
         _note(search.found, place, record_ids, subject_ids, by=subject_ids, wanted=subjects)
     return search

@@ -26,6 +26,7 @@ from sisa.records.partition import PartitionRows, read_partition, rewrite_partit
 from sisa.routing.keys import shard_keys
 
 PURGED = STATES.index("stages_purged")
+RESTORE = "Restore the ledger from a copy."
 
 
 def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
@@ -90,6 +91,8 @@ def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
     with FileLock(store.layout.rows_lock(shard)).held():
         if folder.exists():
             sweep_temporary(folder)
+        if not store.ledger.partitions.get(shard, slice_).membership:
+            raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
             _erase_once(store, expected)
 

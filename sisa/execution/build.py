@@ -121,9 +121,7 @@ class _Collector:
             self._done.failures[shard] = error
 
 
-def _trained_slices(
-    store: OpenStore, shards: Sequence[int]
-) -> tuple[dict[int, list[Partition]], dict[int, SisaError]]:
+def _trained_slices(store: OpenStore, shards: Sequence[int]) -> tuple[dict[int, list[Partition]], dict[int, SisaError]]:
     """Return slices 1..R of each shard; and, of shards for which the ledger lists others, what is wrong."""
     partitions: dict[int, list[Partition]] = {}
     failures: dict[int, SisaError] = {}

@@ -19,7 +19,7 @@ from sisa.planning.epochs import epoch_budget
 from sisa.proof.problems import guarded, stage_name
 from sisa.proof.rows import SliceRows
 from sisa.state import StageState
-from sisa.training.order import batch_sizes
+from sisa.training.order import batch_count
 from sisa.training.platform import platform_id
 
 
@@ -67,7 +67,7 @@ def first_waiting_stage(store: OpenStore, shard: int) -> int:
         for k, slice_ in request.places
         if k == shard and slice_ != HOLDOUT_SLICE
     ]
-    return min(waiting, default=store.slices + 1)
+    return min([*waiting, store.slices + 1])  # places come from the ledger, and may lie anywhere
 
 
 def check_stages(store: OpenStore, shard: int, expected: Expected) -> tuple[list[str], int]:
@@ -82,9 +82,11 @@ def check_stages(store: OpenStore, shard: int, expected: Expected) -> tuple[list
         if store.ledger.footing() != (row.code, row.platform):
             problems.append(f"{where}: left by an unfinished upgrade; `sisa train CONFIG --upgrade` goes on")
             continue
+        if not 1 <= row.stage <= store.slices:
+            continue  # said where the ledger is checked by itself
         present.add(row.stage)
         problems += [f"{where}: {fault}" for fault in _row_faults(row, expected)]
-        problems += guarded(partial(_check_bytes, store, row))
+        problems += guarded(partial(_check_bytes, store, row), where)
     absent = sorted(set(range(1, first_waiting_stage(store, shard))) - present)
     if absent:
         problems.append(f"shard {shard}: stages {absent} are not trained; `sisa repair` or `sisa train` does it")
@@ -135,7 +137,7 @@ def _wrong_fields(store: OpenStore, row: StageRow, manifest: Manifest, state: St
         "records": row.records,
         "bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
         "epochs": epochs,
-        "steps": epochs * len(batch_sizes(records=row.records, batch_size=training.batch_size)),
+        "steps": epochs * batch_count(records=row.records, batch_size=training.batch_size),
     }
     wrong = [name for name, value in expected.items() if getattr(manifest, name) != value]
     return wrong if platform_id(manifest.fingerprint) == row.platform else [*wrong, "fingerprint"]

@@ -12,12 +12,15 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from sisa.checkpoints.manifest import shard_folder
 from sisa.files import TEMPORARY
 from sisa.opening import PARTS, OpenStore
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
 from sisa.records.partition import stray_files
 
+REPLAY = re.compile(r"[0-9a-f]{16}")
+"""The name of a folder in which a replay retrains."""
 HOLDER = re.compile(rb"(process \d{1,20})?")
 """All that a lock file says: who took it last."""
 
@@ -30,7 +33,8 @@ def check_files(store: OpenStore) -> list[str]:
         if not os.path.lexists(path):
             continue  # a deletion took its mark away meanwhile
         kind = "folder and what is in it" if path.is_dir() else "file"
-        problems.append(f"{_short(store, path)}: nobody answers for this {kind}")
+        fault = _left_behind(store, path) or f"nobody answers for this {kind}"
+        problems.append(f"{_short(store, path)}: {fault}")
     for path in stray_files(store.layout, store.shards, store.slices):
         if path not in links:
             kind = "unfinished" if path.name.startswith(TEMPORARY) else "unknown"
@@ -40,6 +44,21 @@ def check_files(store: OpenStore) -> list[str]:
         for path in store.checkpoints.missing_groups()
     ]
     return problems + _stale_marks(store) + _open_secrets(store) + _added_text(store)
+
+
+def _left_behind(store: OpenStore, path: Path) -> str:
+    """Say who removes what a killed command may have left under this name; nothing if it is a stranger's.
+
+    No command that makes such things runs beside this one, deletions excepted. They may hold rows or weights.
+    """
+    layout, checkpoints = store.layout, store.checkpoints.root
+    if path.parent == layout.scratch:
+        left = bool(REPLAY.fullmatch(path.name)) and path.is_dir()
+    else:
+        swept = {layout.root, *(checkpoints / shard_folder(shard) for shard in range(store.shards))}
+        left = path.parent in swept and path.name.startswith(TEMPORARY)
+    goes_on = "sisa repair" if store.ledger.ingested else "sisa train"
+    return f"left by a command that was killed; `{goes_on}` removes it" if left else ""
 
 
 def _links(root: Path) -> list[Path]:

@@ -1,28 +1,25 @@
 """Checking the history against the tables that it tells of: what is done is noted in the same transaction.
 
-Nothing here is signed: who rewrites history and tables alike is not found out.
+What requests and exclusions say is held against it in ``sisa.proof.requests``. Nothing here is signed: who rewrites
+history and tables alike is not found out.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from sisa.ledger import STATES, Request
+from sisa.ledger import Request
+from sisa.ledger.database import SCHEMA
 from sisa.opening import OpenStore
-from sisa.proof.problems import stage_name
+from sisa.proof.problems import guarded, stage_name
+from sisa.proof.requests import Noted, exclusion_faults, request_faults, unseen_targets
 
 _QUARANTINES = "SELECT number, request FROM versions WHERE cause = 'quarantine'"
-_NUMBERED = ("events", "requests", "versions")
-_BY_REQUEST = "SELECT request, count(*) AS total, sum(kind = 'record') AS records FROM exclusions GROUP BY request"
-
-
-@dataclass(frozen=True)
-class _Event:
-    kind: str
-    detail: dict[str, Any]
+_COUNTED = re.findall(r"CREATE TABLE (\w+) \([^;]*AUTOINCREMENT", SCHEMA)
+"""Tables of which SQLite remembers the last number that it gave."""
 
 
 def check_history(store: OpenStore, *, survivors: int | None) -> list[str]:
@@ -33,69 +30,61 @@ def check_history(store: OpenStore, *, survivors: int | None) -> list[str]:
         survivors: How many rows that nobody asked to delete lie in the store; None if some are unreadable.
     """
     with store.ledger.database.snapshot():
-        faults = _gaps(store)
+        faults = guarded(partial(_gaps, store), "numbers")
         try:
             events = _events(store)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return [*(f"history was edited: {fault}" for fault in faults), "history was edited: an event is unreadable"]
         requests = store.ledger.requests.all()
-        faults += _ingest_faults(store, events, requests, survivors)
-        faults += _request_faults(events, requests)
-        faults += _version_faults(store, events, requests)
-        faults += _stage_faults(store, events)
-        faults += _exclusion_faults(store, requests)
+        for check, what in (
+            (partial(_ingest_faults, store, events, requests, survivors), "ingests"),
+            (partial(request_faults, events, requests), "requests"),
+            (partial(_version_faults, store, events, requests), "versions"),
+            (partial(_stage_faults, store, events), "stages"),
+            (partial(exclusion_faults, store, events), "exclusions"),
+        ):
+            faults += guarded(check, what)
     return [f"history was edited: {fault}" for fault in faults]
 
 
-def _events(store: OpenStore) -> list[_Event]:
+def _events(store: OpenStore) -> list[Noted]:
     rows = store.ledger.database.rows("SELECT kind, detail FROM events ORDER BY number")
-    return [_Event(row["kind"], dict(json.loads(row["detail"]))) for row in rows]
+    return [Noted(row["kind"], dict(json.loads(row["detail"]))) for row in rows]
 
 
 def _gaps(store: OpenStore) -> list[str]:
-    """Numbers are given without gaps, and SQLite remembers the last one that it gave."""
-    faults = []
+    """Numbers are given from 1 on without gaps, and SQLite remembers the last one that it gave."""
     rows = store.ledger.database.rows
-    given = {row["name"]: row["seq"] for row in rows("SELECT name, seq FROM sqlite_sequence")}
-    for table in _NUMBERED:
-        numbers = [row["number"] for row in rows(f"SELECT number FROM {table} ORDER BY number")]  # noqa: S608 - names are ours
-        last = given.get(table, 0) if table != "versions" else len(numbers)
-        if numbers != list(range(1, last + 1)):
+    given = [(row["name"], row["seq"]) for row in rows("SELECT name, seq FROM sqlite_sequence")]
+    faults = []
+    for table in (*_COUNTED, "versions"):
+        found = rows(f"SELECT count(*), coalesce(min(number), 1), coalesce(max(number), 0) FROM {table}")[0]  # noqa: S608 - names are ours
+        count, first, last = found
+        remembered = [seq for name, seq in given if name == table]
+        if (first, last) != (1, count) or (table in _COUNTED and remembered != [count] and (count or remembered)):
             faults.append(f"{table} are missing")
+    if any(name not in _COUNTED for name, _ in given):
+        faults.append("numbers are remembered of a table that gives none")
     return faults
 
 
-def _ingest_faults(store: OpenStore, events: list[_Event], requests: list[Request], survivors: int | None) -> list[str]:
+def _ingest_faults(store: OpenStore, events: list[Noted], requests: list[Request], survivors: int | None) -> list[str]:
     ingests = [event.detail.get("records") for event in events if event.kind == "ingested"]
     if len(ingests) != int(store.ledger.ingested):
         return [f"{len(ingests)} ingests are noted, expected {int(store.ledger.ingested)}"]
     if survivors is None or not ingests:
         return []
     remembered = sum(kind == "record" for kind, _ in store.ledger.requests.exclusions())
-    known = survivors + remembered
-    # Somebody whose slice could not be read was deleted unseen: then fewer records are remembered than were erased.
-    if ingests[0] == known or (requests and isinstance(ingests[0], int) and ingests[0] > known):
+    known, ingested = survivors + remembered, ingests[0]
+    if ingested == known:
         return []
-    return [f"{ingests[0]} records were ingested, but {survivors} are there and {remembered} are remembered as deleted"]
+    # Whose slice could not be read was deleted unseen: then fewer records are remembered than were erased.
+    if isinstance(ingested, int) and ingested > known and unseen_targets(store, events, requests):
+        return []
+    return [f"{ingested} records were ingested, but {survivors} are there and {remembered} are remembered as deleted"]
 
 
-def _request_faults(events: list[_Event], requests: list[Request]) -> list[str]:
-    accepted = [event.detail for event in events if event.kind == "request_accepted"]
-    if Counter(str(detail.get("request")) for detail in accepted) != Counter(request.id for request in requests):
-        return ["the requests are not those whose acceptance is noted"]
-    shards = {detail["request"]: detail.get("shards") for detail in accepted}
-    states = {request.id: STATES[0] for request in requests}
-    states |= {str(e.detail.get("request")): str(e.detail.get("state")) for e in events if e.kind == "request_state"}
-    faults = []
-    for request in requests:
-        if shards[request.id] != request.shards:
-            faults.append(f"request {request.id} was accepted for other shards than the ledger says")
-        if states[request.id] != request.state:
-            faults.append(f"request {request.id} is not in the state that was noted last")
-    return faults
-
-
-def _version_faults(store: OpenStore, events: list[_Event], requests: list[Request]) -> list[str]:
+def _version_faults(store: OpenStore, events: list[Noted], requests: list[Request]) -> list[str]:
     noted = [(e.detail.get("version"), e.detail.get("cause")) for e in events if e.kind == "version_published"]
     faults = []
     if noted != [(number, cause) for number, _, cause in store.ledger.versions.all()]:
@@ -108,7 +97,7 @@ def _version_faults(store: OpenStore, events: list[_Event], requests: list[Reque
     return faults
 
 
-def _stage_faults(store: OpenStore, events: list[_Event]) -> list[str]:
+def _stage_faults(store: OpenStore, events: list[Noted]) -> list[str]:
     """A stage that was trained is there, or it was purged."""
     rows = store.ledger.database.rows("SELECT shard, stage FROM past_stages")
     past = Counter((row["shard"], row["stage"]) for row in rows)
@@ -122,18 +111,3 @@ def _stage_faults(store: OpenStore, events: list[_Event]) -> list[str]:
         for place in sorted(there | past | trained | purged, key=repr)
         if trained[place] != there[place] + past[place] or purged[place] != past[place]
     ]
-
-
-def _exclusion_faults(store: OpenStore, requests: list[Request]) -> list[str]:
-    """Each request excludes somebody, and each record that it found, unless an earlier one did for the same slice."""
-    rows = store.ledger.database.rows(_BY_REQUEST)
-    excluded = {row["request"]: (row["total"], row["records"]) for row in rows}
-    earlier: set[tuple[int, int]] = set()
-    faults = []
-    for request in requests:
-        total, records = excluded.get(request.id, (0, 0))
-        overlaps = not earlier.isdisjoint(request.places)
-        if not total or records > request.records or (records < request.records and not overlaps):
-            faults.append(f"request {request.id} excludes {records} records, it was accepted for {request.records}")
-        earlier |= set(request.places)
-    return faults

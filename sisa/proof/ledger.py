@@ -16,6 +16,8 @@ from sisa.opening import OpenStore
 from sisa.proof.problems import slice_name, stage_name
 from sisa.training.platform import platform_id
 
+FACTS = frozenset({"recipe", "routing_key", "exclusion_key", "ingested", "code", "platform", "fingerprint"})
+"""Everything that a ledger remembers by name."""
 _OBJECTS = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema"
 _UNANSWERED = """
 SELECT shard, slice FROM partitions WHERE dirty AND NOT EXISTS (
@@ -40,7 +42,7 @@ def check_ledger(store: OpenStore) -> list[str]:
         DamagedError: SQLite found a fault.
     """
     store.ledger.check()
-    problems = _other_form(store) + _other_footing(store)
+    problems = _other_form(store) + _other_facts(store) + _other_footing(store)
     if not store.ledger.ingested:
         return [*problems, "the ledger says that the ingest has not ended"]
     with store.ledger.database.snapshot():
@@ -61,12 +63,18 @@ def _plain(kind: str, name: str, table: str, statement: str) -> tuple[str, str, 
     return kind, name, table, " ".join(statement.split())
 
 
+def _other_facts(store: OpenStore) -> list[str]:
+    """A fact that nobody asks for may say anything."""
+    names = {row["name"] for row in store.ledger.database.rows("SELECT name FROM facts")}
+    return ["ledger: facts has a line that no ledger has"] if names - FACTS else []
+
+
 def _other_footing(store: OpenStore) -> list[str]:
     """The platform's name is a digest of its fingerprint, which the ledger keeps beside it."""
     text, platform = store.ledger.fact("fingerprint"), store.ledger.fact("platform")
     try:
         told = platform_id(json.loads(text)) if text is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         told = ""
     if told != platform or (platform is None) != (store.ledger.fact("code") is None):
         return ["ledger: the fingerprint of the platform is not the one that the platform is named after"]

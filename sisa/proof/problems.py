@@ -7,15 +7,20 @@ from collections.abc import Callable
 from sisa.errors import SisaError
 from sisa.layout import HOLDOUT_SLICE
 
+UNCHECKABLE = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RecursionError)
+"""What a value that nobody wrote there may lead to, where no check foresaw it. The value itself is never told."""
 
-def guarded(check: Callable[[], list[str]]) -> list[str]:
-    """Run a check; an error of ours, or a file that can't be read (any more), is what it found."""
+
+def guarded(check: Callable[[], list[str]], what: str) -> list[str]:
+    """Run a check of ``what``; an error of ours, or a file that can't be read (any more), is what it found."""
     try:
         return check()
     except SisaError as error:
         return [error.message]
     except OSError as error:
         return [f"{error.filename}: {error.strerror}"]
+    except UNCHECKABLE as error:
+        return [f"{what}: can't be checked: {type(error).__name__}"]
 
 
 def slice_name(shard: int, slice_: int) -> str:

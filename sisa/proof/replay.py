@@ -81,7 +81,7 @@ def _differing(store: OpenStore, here: dict[str, JSON]) -> list[str]:
     """Name what differs between this platform and the one that trained."""
     try:
         there = store.ledger.fingerprint()
-    except ValueError:  # reported where the ledger is checked
+    except (ValueError, TypeError, RecursionError):  # reported where the ledger is checked
         return ["what can't be read any more"]
     return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
-from sisa.errors import SisaError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
-from sisa.proof.problems import slice_name
+from sisa.proof.problems import guarded, slice_name
 from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition
@@ -32,20 +32,25 @@ def check_rows(store: OpenStore, shard: int) -> tuple[list[str], list[SliceRows 
     problems: list[str] = []
     found: list[SliceRows | None] = []
     for slice_ in range(HOLDOUT_SLICE, store.slices + 1):
-        try:
-            expected, rows = _read(store, shard, slice_)
-        except SisaError as error:
-            problems.append(error.message)
-            found.append(None)
-            continue
-        excluded = _excluded(store, rows)
-        faults = _uncounted(expected, rows)
-        if excluded:
-            faults.append(f"{excluded} rows of deleted people")
-        faults += _misplaced(store, shard, slice_, rows)
-        problems += [f"{slice_name(shard, slice_)}: {fault}" for fault in faults]
-        found.append(SliceRows(len(rows.table), excluded, rows.membership))
+        found.append(None)
+        problems += guarded(partial(_check_slice, store, shard, slice_, found), slice_name(shard, slice_))
     return problems, found
+
+
+def _check_slice(store: OpenStore, shard: int, slice_: int, found: list[SliceRows | None]) -> list[str]:
+    """Return what is wrong with one slice, and note in ``found`` what it holds.
+
+    Raises:
+        DamagedError: It is unreadable.
+    """
+    expected, rows = _read(store, shard, slice_)
+    excluded = _excluded(store, rows)
+    found[-1] = SliceRows(len(rows.table), excluded, rows.membership)
+    faults = _uncounted(expected, rows)
+    if excluded:
+        faults.append(f"{excluded} rows of deleted people")
+    faults += _misplaced(store, shard, slice_, rows)
+    return [f"{slice_name(shard, slice_)}: {fault}" for fault in faults]
 
 
 def _read(store: OpenStore, shard: int, slice_: int) -> tuple[Partition, PartitionRows]:

@@ -71,7 +71,7 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
     finally:
         reporter.end()
     if replay != "none":
-        result.problems += guarded(partial(_replay, store, replay, result, execution, reporter))
+        result.problems += guarded(partial(_replay, store, replay, result, execution, reporter), "replay")
     result.open_requests = [request.id for request in store.ledger.requests.open()]
     result.ok = not result.problems
     if result.problems and store.ledger.last_event() != before:
@@ -83,8 +83,8 @@ def verify(store: OpenStore, *, replay: Replay, execution: Execution, reporter: 
 
 def _check(store: OpenStore, result: Verification, reporter: Reporter) -> None:
     """Everything but the replay: the ledger and the files, then rows, stages, versions and history."""
-    for check in (check_ledger, check_files):
-        result.problems += guarded(partial(check, store))
+    for check, what in ((check_ledger, "ledger"), (check_files, "files")):
+        result.problems += guarded(partial(check, store), what)
         reporter.advance(1)
     if not store.ledger.ingested:
         return  # said by then: the ledger expects no rows yet, whatever a killed ingest left
@@ -97,10 +97,10 @@ def _check(store: OpenStore, result: Verification, reporter: Reporter) -> None:
         expected |= expected_chain(store, shard, found)
         reporter.advance(1)
     for shard in range(store.shards):
-        result.problems += guarded(partial(_check_stages, store, shard, expected, result))
+        result.problems += guarded(partial(_check_stages, store, shard, expected, result), f"shard {shard}")
         reporter.advance(1)
-    result.problems += guarded(partial(check_versions, store, expected))
-    result.problems += guarded(partial(check_history, store, survivors=_survivors(rows)))
+    result.problems += guarded(partial(check_versions, store, expected), "versions")
+    result.problems += check_history(store, survivors=_survivors(rows))
 
 
 def _check_stages(

@@ -35,7 +35,7 @@ from sisa.recipe import Recipe
 from sisa.routing.keys import ShardKeys
 from sisa.state import StageState
 from sisa.training.events import Report, StageDone, Trained
-from sisa.training.order import batch_sizes
+from sisa.training.order import batch_count
 from sisa.training.platform import fingerprint, platform_id
 from sisa.training.rows import read_slice
 from sisa.training.stage import Stopped, TrainingError, train_stage
@@ -201,7 +201,7 @@ class _Chain:
             worker=f"{socket.gethostname()}:{os.getpid()}",
             fingerprint=fingerprint(task.recipe),
             epochs=epochs,
-            steps=epochs * len(batch_sizes(records=records, batch_size=task.recipe.training.batch_size)),
+            steps=epochs * batch_count(records=records, batch_size=task.recipe.training.batch_size),
         )
 
     def _guarded(self, **arguments: Any) -> StageState:

@@ -48,3 +48,14 @@ def batch_sizes(*, records: int, batch_size: int) -> list[int]:
     elif rest:
         sizes.append(rest)
     return sizes
+
+
+def batch_count(*, records: int, batch_size: int) -> int:
+    """Return how many batches an epoch has; counted, since a list would be as long as the ledger wants it.
+
+    >>> [batch_count(records=records, batch_size=4) for records in (0, 1, 4, 5, 6, 10**18)]
+    [0, 1, 1, 1, 2, 250000000000000000]
+    """
+    full, rest = divmod(max(records, 0), batch_size)
+    joins = rest == 1 and full > 0 and batch_size > 1  # a last batch of one record joins the one before it
+    return full + (rest > 0 and not joins)
