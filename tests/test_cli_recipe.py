@@ -118,7 +118,7 @@ def test_many_mistakes_are_one_message(cli, tmp_path):
         ("model={factory: a-b}", ["model.factory: expected package.module:function, got 'a-b'"]),
         ("model={name: logistic, hidden: [3]}", ["model.hidden: not a setting of logistic"]),
         ("model={name: cnn}", ["model.name: cnn needs data.image: {height: ..., width: ..., channels: ...}"]),
-        ("sisa.aggregation=median", ["sisa.aggregation: expected 'mean' or 'vote', got 'median'"]),
+        ("sisa.aggregation=mode", ["sisa.aggregation: expected one of mean, vote, trimmed_mean, median, calibrated, weighted, got 'mode'"]),
         ("data=3", ["data: expected a mapping of fields, got 3"]),
         ("data.holdout=0.2", ["data.holdout: expected a mapping of fields, got 0.2"]),
         ("data.classes=[a]", ["data.classes: expected at least 2 entries, got 1"]),

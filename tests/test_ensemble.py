@@ -9,7 +9,6 @@ import pytest
 from store_kit import train
 from tables import binary, binary_recipe
 
-from sisa.ensemble.aggregation import aggregate
 from sisa.errors import DamagedError, NoConstituentError, UserError
 from sisa.store.store import Store
 
@@ -18,12 +17,6 @@ from sisa.store.store import Store
 def store(tmp_path: Path) -> Store:
     """A small trained store."""
     return train(tmp_path, binary_recipe(), binary())
-
-
-def test_mean_and_vote() -> None:
-    posteriors = [np.array([[0.9, 0.1]]), np.array([[0.4, 0.6]]), np.array([[0.3, 0.7]])]
-    np.testing.assert_allclose(aggregate(posteriors, "mean"), [[1.6 / 3, 1.4 / 3]])
-    np.testing.assert_allclose(aggregate(posteriors, "vote"), [[1 / 3, 2 / 3]])
 
 
 def test_scores_are_the_mean_of_the_constituents_in_evaluation_mode(store: Store) -> None:

@@ -74,7 +74,8 @@ IMAGES = {
 OF_NO_CONSEQUENCE: dict[str, dict[str, Any]] = {
     "store": {"store": "elsewhere"},
     "data.source": {"data": {"source": "other.parquet"}},
-    "sisa.aggregation": {"sisa": {"aggregation": "vote"}},
+    "sisa.aggregation.name": {"sisa": {"aggregation": "vote"}},
+    "sisa.aggregation.table": {"sisa": {"aggregation": {"name": "weighted", "table": "b.parquet"}}},
     "routing.key_file": {"routing": {"key_file": "some.key"}},
 }
 

@@ -8,12 +8,14 @@ again, not damage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sisa.checkpoints import StageId
-from sisa.ensemble.aggregation import Scores, aggregate
+from sisa.ensemble.aggregation import PLAIN, Aggregator, Fitted, Scores, aggregator
+from sisa.ensemble.stacked import Panel, Path
 from sisa.errors import DamagedError, FootingError, NoConstituentError, StoreError
 from sisa.learners.columns import Columns
 from sisa.learners.predict import Constituent
@@ -35,15 +37,88 @@ class Answer:
     scores_BC: Scores
     version: int
     voters: int
+    path: Path
+    """How the constituents were evaluated; the label is the same on each path."""
+    aggregation: str
+    """The rule that was used: the mean where parameters aren't those of these constituents."""
+
+    def rows(self, start: int, end: int) -> Answer:
+        """Return the answer for some of the rows."""
+        return replace(self, scores_BC=self.scores_BC[start:end])
+
+
+Lookup = Callable[[tuple[str, ...]], Fitted | None]
+"""Finds the parameters that were fitted for exactly these members."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One version with its constituents in memory. Answers without a look at the ledger: whoever asks has one.
+
+    Several threads may ask at a time.
+    """
+
+    version: int
+    panel: Panel | None
+    """None if there is nobody to answer."""
+    rule: Aggregator
+    nobody_because: NoConstituentError | None = None
+
+    @classmethod
+    def nobody(cls, error: NoConstituentError, *, version: int = 0) -> Loaded:
+        """Return a version that has no constituent, and says so when it is asked."""
+        return cls(version, None, aggregator("mean"), error)
+
+    def answer(self, columns: Columns) -> Answer:
+        """Return the scores for a batch of rows.
+
+        Raises:
+            NoConstituentError: There is no constituent.
+        """
+        if self.panel is None:
+            raise self.nobody_because or NoConstituentError("there is no constituent", hint="Run `sisa repair`.")
+        scores_BC, path = self.panel.scores(columns, self.rule)
+        return Answer(scores_BC, self.version, len(self.panel.constituents), path, self.rule.name)
 
 
 class LiveEnsemble:
-    """The constituents of the live version, loaded when they are first needed."""
+    """The constituents of the live version, loaded when they are first needed. For one thread, as its ledger is."""
 
-    def __init__(self, store: OpenStore) -> None:
+    def __init__(self, store: OpenStore, *, fitted: Lookup | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            store: An open store.
+            fitted: Where the parameters of a fitted aggregation are found, with the members that answer; by
+                default in the ledger. Where there are none for these members, such an aggregation is the mean.
+
+        Raises:
+            FootingError: The source of model.factory is another than at the training.
+        """
         _check_model_source(store)
         self._store = store
+        self._lookup = fitted
         self._loaded: dict[Member, Constituent] = {}
+        self._panel: Panel | None = None
+
+    def close(self) -> None:
+        """Let go of the constituents and close the ledger."""
+        self._loaded, self._panel = {}, None
+        self._store.ledger.close()
+
+    def load(self) -> Loaded:
+        """Return the live version, loaded. Constituents that were there already aren't loaded again.
+
+        One without constituents is returned too; it raises when it is asked.
+
+        Raises:
+            DamagedError: A stage that should answer is missing or damaged.
+        """
+        version, voters = self._current()
+        if not voters:
+            self._panel = None
+            return Loaded.nobody(_nobody(version), version=version.number)
+        return Loaded(version.number, self._panel_of(voters), self._rule(version))
 
     def answer(self, columns: Columns) -> Answer:
         """Return the ensemble's scores for a batch of rows.
@@ -53,16 +128,35 @@ class LiveEnsemble:
             DamagedError: A stage that should answer is missing or damaged.
         """
         for _ in range(TRIES):
-            version, voters = self._current()
-            posteriors = [voter.posteriors(columns) for voter in voters]
-            if self._store.ledger.versions.last_quarantine() <= version.number:
-                scores_BC = aggregate(posteriors, self._store.recipe.sisa.aggregation)
-                return Answer(scores_BC, version.number, len(voters))
+            loaded = self.load()
+            answer = loaded.answer(columns)
+            if not self.overtaken(loaded.version):
+                return answer
         raise StoreError(f"the ensemble changed {TRIES} times while a batch was computed", hint="Try again.")
 
     def overtaken(self, version: int) -> bool:
         """Say whether a quarantine was published after ``version``: its answers are void."""
         return self._store.ledger.versions.last_quarantine() > version
+
+    def _panel_of(self, voters: Sequence[Constituent]) -> Panel:
+        """Return the panel of these constituents; the one that there is, if nobody came or went."""
+        if self._panel is None or not self._panel.holds(voters):
+            self._panel = Panel(self._store.recipe, voters)
+        return self._panel
+
+    def _rule(self, version: Version) -> Aggregator:
+        rule = self._store.recipe.sisa.aggregation_name
+        if rule in PLAIN:
+            return aggregator(rule)
+        members = member_names(version)
+        return aggregator(rule, members=members, fitted=(self._lookup or self._in_ledger)(members))
+
+    def _in_ledger(self, members: tuple[str, ...]) -> Fitted | None:
+        text = self._store.ledger.versions.fit_of(members)
+        try:
+            return Fitted.from_json(text) if text is not None else None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedError("the aggregation's parameters in the ledger were changed", hint=MEND) from error
 
     def _current(self) -> tuple[Version, list[Constituent]]:
         while True:
@@ -70,8 +164,6 @@ class LiveEnsemble:
             members = [member for member in version.members if member.stage > 0]
             try:
                 self._check_shards(version)
-                if not members:
-                    raise self._nobody(version)
                 voters = [self._constituent(member) for member in members]
             except DamagedError:
                 if self._store.ledger.versions.live_number() != version.number:
@@ -103,13 +195,14 @@ class LiveEnsemble:
             self._loaded[member] = Constituent.from_state(store.recipe, len(store.classes), state)
         return self._loaded[member]
 
-    def _nobody(self, version: Version) -> NoConstituentError:
-        if version.number == 0:
-            return NoConstituentError("the store has no trained ensemble yet", hint="Run `sisa train` to its end.")
-        return NoConstituentError(
-            f"no clean constituent is left in version {version.number}: every shard is out of service",
-            hint="`sisa repair` retrains them.",
-        )
+
+def _nobody(version: Version) -> NoConstituentError:
+    if version.number == 0:
+        return NoConstituentError("the store has no trained ensemble yet", hint="Run `sisa train` to its end.")
+    return NoConstituentError(
+        f"no clean constituent is left in version {version.number}: every shard is out of service",
+        hint="`sisa repair` retrains them.",
+    )
 
 
 def _check_model_source(store: OpenStore) -> None:
@@ -126,6 +219,14 @@ def _check_model_source(store: OpenStore) -> None:
         "so its weights may mean something else in it",
         hint="Go back to the old source, or rebuild everything with `sisa train CONFIG --upgrade`.",
     )
+
+
+def member_names(version: Version) -> tuple[str, ...]:
+    """Return what names the constituents that answer for a version, in the order of their posteriors.
+
+    A stage's lineage key and platform: two stages of one name have the same bits.
+    """
+    return tuple(f"{member.key}.{member.platform}" for member in version.members if member.stage > 0)
 
 
 def predicted_classes(scores_BC: Scores, classes: list[bool | int | str]) -> list[bool | int | str]:

@@ -9,6 +9,10 @@ Shape suffixes: N rows, B batch, C classes.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -18,10 +22,13 @@ from sisa.learners.models import build_model
 from sisa.learners.modules import init_seed, restore_module
 from sisa.learners.preprocess import Preprocessor
 from sisa.learners.resident import Resident
+from sisa.learners.stacked_rows import same_rows
 from sisa.recipe import Recipe
 from sisa.state import StageState
 
 BATCH_SIZE = 1024
+FLAGS = threading.RLock()
+"""Held while flags are set to answer: they are the process's, and several threads may answer."""
 
 
 class Constituent:
@@ -31,10 +38,10 @@ class Constituent:
         self, recipe: Recipe, preprocessor: Preprocessor, module: torch.nn.Module, *, seed: int, class_count: int
     ) -> None:
         self._recipe = recipe
-        self._preprocessor = preprocessor
-        self._module = module
+        self.preprocessor = preprocessor
+        self.module = module
         self._seed = seed
-        self._class_count = class_count
+        self.class_count = class_count
 
     @classmethod
     def from_state(cls, recipe: Recipe, class_count: int, state: StageState) -> Constituent:
@@ -46,7 +53,7 @@ class Constituent:
         """
         if state.empty:
             raise ValueError("a shard without records has no model")
-        with training_flags(recipe):
+        with FLAGS, training_flags(recipe):
             preprocessor, seed = Preprocessor.from_state(recipe, state), init_seed(state)
             seed_everything(seed)
             module = build_model(recipe, preprocessor.feature_shape, class_count)
@@ -56,16 +63,53 @@ class Constituent:
 
     def posteriors(self, columns: Columns, *, batch_size: int = BATCH_SIZE) -> Array:
         """Return the probability of each class for each row: scores (N, C), float64."""
-        with training_flags(self._recipe), torch.no_grad():
-            seed_everything(self._seed)
-            device = device_of(self._recipe)
-            scores: list[Array] = []
-            for start in range(0, columns.count, batch_size):
-                rows = columns.rows(slice(start, start + batch_size))
-                resident = Resident.of(rows, self._preprocessor, recipe=self._recipe, device=device)
-                logits_BC = self._module(resident.all())
-                scores.append(torch.softmax(logits_BC.double(), 1).cpu().numpy())
-        return np.concatenate(scores) if scores else np.zeros((0, self._class_count))
+        with FLAGS, training_flags(self._recipe), torch.no_grad():
+            return self._answer(columns, batch_size=batch_size)
+
+    def _answer(self, columns: Columns, *, batch_size: int) -> Array:
+        seed_everything(self._seed)
+        device = device_of(self._recipe)
+        scores: list[Array] = []
+        for start in range(0, columns.count, batch_size):
+            rows = columns.rows(slice(start, start + batch_size))
+            resident = Resident.of(rows, self.preprocessor, recipe=self._recipe, device=device)
+            logits_BC = self.module(resident.all())
+            scores.append(torch.softmax(logits_BC.double(), 1).cpu().numpy())
+        return np.concatenate(scores) if scores else np.zeros((0, self.class_count))
+
+
+def one_by_one(recipe: Recipe, constituents: Sequence[Constituent], columns: Columns) -> Array:
+    """Return the posteriors (S, N, C) of several constituents, each with the bits of its own ``posteriors``.
+
+    What doesn't depend on the constituent is done once: the flags are set, numbers are laid out row by row, and rows
+    are preprocessed where the next constituent sees the same. (A user's module may change the rows that it is given,
+    and may draw random numbers: it gets rows and seeds of its own.)
+    """
+    with FLAGS, training_flags(recipe), torch.no_grad():
+        if recipe.model.factory is None and constituents:
+            return _built_in(recipe, constituents, columns)
+        columns = _row_by_row(columns)
+        return np.stack([constituent._answer(columns, batch_size=BATCH_SIZE) for constituent in constituents])
+
+
+def _built_in(recipe: Recipe, constituents: Sequence[Constituent], columns: Columns) -> Array:
+    device = device_of(recipe)
+    scores_SNC = np.empty((len(constituents), columns.count, constituents[0].class_count))
+    for start in range(0, columns.count, BATCH_SIZE):
+        which = slice(start, start + BATCH_SIZE)
+        rows, before = _row_by_row(columns.rows(which)), constituents[0].preprocessor
+        resident = Resident.of(rows, before, recipe=recipe, device=device)
+        for scores_NC, constituent in zip(scores_SNC, constituents, strict=True):
+            if not same_rows(before, constituent.preprocessor):
+                before = constituent.preprocessor
+                resident = Resident.of(rows, before, recipe=recipe, device=device)
+            scores_NC[which] = torch.softmax(constituent.module(resident.all()).double(), 1).cpu().numpy()
+    return scores_SNC
+
+
+def _row_by_row(columns: Columns) -> Columns:
+    """Lay numbers out as rows are: scaling them is what large batches spend their time on."""
+    return replace(columns, numeric_NP=np.ascontiguousarray(columns.numeric_NP))
 
 
 def posteriors(state: StageState, recipe: Recipe, columns: Columns, *, batch_size: int = BATCH_SIZE) -> Array:

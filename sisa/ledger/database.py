@@ -34,7 +34,7 @@ CREATE TABLE requests (
     state TEXT NOT NULL, reason TEXT NOT NULL, subjects INTEGER NOT NULL, records INTEGER NOT NULL,
     version_before INTEGER NOT NULL, version_quarantine INTEGER, version_after INTEGER,
     stages_retrained INTEGER NOT NULL DEFAULT 0, seconds_to_quarantine REAL NOT NULL DEFAULT 0,
-    note TEXT NOT NULL DEFAULT '') STRICT;
+    note TEXT NOT NULL DEFAULT '', regime TEXT NOT NULL DEFAULT '') STRICT;
 CREATE TABLE request_partitions (
     request TEXT NOT NULL, shard INTEGER NOT NULL, slice INTEGER NOT NULL, PRIMARY KEY (request, shard, slice)) STRICT;
 CREATE TABLE exclusions (
@@ -57,6 +57,10 @@ CREATE TABLE replicas (
     id TEXT PRIMARY KEY, version INTEGER NOT NULL, lease_s REAL NOT NULL, since TEXT NOT NULL) STRICT;
 CREATE TABLE events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL) STRICT;
+CREATE TABLE measurements (
+    version INTEGER PRIMARY KEY, accuracy REAL NOT NULL, log_loss REAL NOT NULL, records INTEGER NOT NULL) STRICT;
+CREATE TABLE fitted (members TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT;
+CREATE TABLE submissions (key BLOB PRIMARY KEY, body BLOB NOT NULL, at TEXT NOT NULL) STRICT;
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY, digest BLOB NOT NULL, scopes TEXT NOT NULL, name TEXT NOT NULL, created_at TEXT NOT NULL,
     last_used_on TEXT) STRICT;

@@ -6,12 +6,13 @@ publishes the quarantine version. What comes after it (erasing, purging, repairi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sisa.errors import StoreError, UserError
 from sisa.layout import HOLDOUT_SLICE
@@ -36,6 +37,8 @@ class Target:
     """Keyed digests of the record ids found; excluded together with the subject."""
     owner_digests: tuple[bytes, ...] = ()
     """Keyed digests of the people whose rows those are; counted, not kept."""
+    unseen: bool = False
+    """Whether some of these places could not be read."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Request:
     stages_retrained: int
     seconds_to_quarantine: float
     note: str
+    regime: str
+    """Whose clock runs: see :mod:`sisa.planning.clocks`."""
     places: tuple[tuple[int, int], ...]
 
     @property
@@ -79,6 +84,15 @@ class Acceptance:
     """The other requests by which some of the ids were deleted before, oldest first."""
 
 
+def exclusions_digest(exclusions: Iterable[tuple[str, bytes]]) -> str:
+    """Digest what one request excludes: SHA-256 over its sorted lines, each a kind and a keyed digest in hex.
+
+    History keeps it, so that an exclusion can't go unnoticed. It tells no more than the exclusions themselves.
+    """
+    lines = sorted(f"{kind} {digest.hex()}\n" for kind, digest in exclusions)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 class Requests:
     """The tables of requests and exclusions."""
 
@@ -87,7 +101,9 @@ class Requests:
         self._versions = versions
         self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
 
-    def accept(self, targets: Sequence[Target], *, reason: str, key_check: str | None = None) -> Acceptance:
+    def accept(
+        self, targets: Sequence[Target], *, reason: str, regime: str = "", key_check: str | None = None
+    ) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
 
         Targets that are excluded already are left out: the requests that did it are answered beside the new one.
@@ -98,7 +114,9 @@ class Requests:
         """
         with self._db.transaction():
             if key_check is not None and not self._is_key(key_check):
-                raise StoreError("the exclusion key was replaced while ids were looked up", hint="Run the command again.")
+                raise StoreError(
+                    "the exclusion key was replaced while ids were looked up", hint="Run the command again."
+                )
             before = self.excluded_by((t.kind, t.digest) for t in targets)
             new = {(t.kind, t.digest): t for t in targets if (t.kind, t.digest) not in before and t.places}
             if not new:
@@ -108,7 +126,15 @@ class Requests:
                 return Acceptance(first, repeated=True, earlier=tuple(others))
             identifier = f"del-{secrets.token_hex(8)}"
             self._insert(identifier, list(new.values()), reason=reason)
+            self._db.rows("UPDATE requests SET regime = ? WHERE id = ?", (regime, identifier))
             return Acceptance(self.get(identifier), repeated=False, earlier=self._in_order(set(before.values())))
+
+    def claim(self, key: bytes, body: bytes) -> bool:
+        """Bind a submission's key to its body, both as digests; say whether it isn't bound to another one."""
+        with self._db.transaction():
+            self._db.rows("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?)", (key, body, now()))
+            row = self._db.row("SELECT body FROM submissions WHERE key = ?", (key,))
+            return row is not None and bytes(row["body"]) == body
 
     def _is_key(self, key_check: str) -> bool:
         row = self._db.row("SELECT value FROM facts WHERE name = 'exclusion_key'")
@@ -127,6 +153,7 @@ class Requests:
         records = len(digests)
         digests |= {(target.kind, target.digest) for target in targets}
         owners = {digest for target in targets for digest in target.owner_digests}
+        fresh = digests - self.excluded_by(digests).keys()
         version_before = self._versions.live_number()
         self._db.rows(
             "INSERT INTO requests (id, created_at, updated_at, state, reason, subjects, records, version_before)"
@@ -144,7 +171,16 @@ class Requests:
             if slice_ != HOLDOUT_SLICE:
                 tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
         self._db.many("UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items()))
-        self._db.note("request_accepted", request=identifier, shards=sorted(tainted_from))
+        self._db.note(
+            "request_accepted",
+            request=identifier,
+            shards=sorted(tainted_from),
+            subjects=len(owners),
+            records=records,
+            excluded={each: sum(kind == each for kind, _ in fresh) for each in get_args(Kind)},
+            exclusions=exclusions_digest(fresh),
+            unseen=sum(target.unseen for target in targets),
+        )
         if tainted_from and version_before:  # before the first version nothing is in service
             number = self._versions.publish_fallback(tainted_from, request=identifier)
             self._db.rows("UPDATE requests SET version_quarantine = ? WHERE id = ?", (number, identifier))
@@ -163,6 +199,11 @@ class Requests:
     def all(self) -> list[Request]:
         """Return all requests, oldest first."""
         return [self._request(row) for row in self._db.rows("SELECT * FROM requests ORDER BY number")]
+
+    def newest(self, most: int) -> list[Request]:
+        """Return the newest requests, oldest first."""
+        rows = self._db.rows("SELECT * FROM requests ORDER BY number DESC LIMIT ?", (most,))
+        return [self._request(row) for row in reversed(rows)]
 
     def open(self) -> list[Request]:
         """Return the requests that have something left to do, oldest first."""

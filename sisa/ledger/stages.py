@@ -108,6 +108,8 @@ class Stages:
         """Mark for purging every stage that was made on another footing."""
         with self._db.transaction():
             self._db.rows("UPDATE stages SET tainted = 1 WHERE code <> ? OR platform <> ?", (code, platform))
+            if self.tainted():
+                self._db.rows("DELETE FROM fitted")
 
     def forget(self, row: StageRow) -> None:
         """Strike a purged stage: history keeps its place and times, neither key nor digests."""

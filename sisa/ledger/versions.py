@@ -5,8 +5,10 @@ The highest number is live. A constituent that has seen no record at all doesn't
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sisa.ledger.database import Database, now
 from sisa.ledger.stages import StageRow, Stages
@@ -68,6 +70,41 @@ class Versions:
             (r["number"], r["created_at"], r["cause"]) for r in self._db.rows("SELECT * FROM versions ORDER BY number")
         ]
 
+    def newest(self, most: int) -> list[dict[str, Any]]:
+        """Return the newest versions, oldest first, with their voters and what was measured."""
+        rows = self._db.rows(
+            "SELECT v.number, v.created_at, v.cause, v.request, m.accuracy,"
+            " (SELECT count(*) FROM members WHERE version = v.number AND stage > 0) AS voters"
+            " FROM versions v LEFT JOIN measurements m ON m.version = v.number ORDER BY v.number DESC LIMIT ?",
+            (most,),
+        )
+        return [dict(row) for row in reversed(rows)]
+
+    def measured(self, number: int, *, accuracy: float, log_loss: float, records: int) -> None:
+        """Write down how well a version answers on the holdout."""
+        with self._db.transaction():
+            self._db.rows(
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", (number, accuracy, log_loss, records)
+            )
+
+    def publish_fit(self, version: Version, names: Sequence[str], content: str) -> int:
+        """Keep the parameters of an aggregation and publish the version that uses them; return the live number.
+
+        Nothing is kept if another version became live meanwhile, or if they are the ones that are used already.
+        """
+        with self._db.transaction():
+            key = json.dumps(list(names))
+            if self.live_number() != version.number or self.fit_of(names) == content:
+                return self.live_number()
+            self._db.rows("DELETE FROM fitted")
+            self._db.rows("INSERT INTO fitted VALUES (?, ?)", (key, content))
+            return self.publish(version.members, cause="fit")
+
+    def fit_of(self, names: Sequence[str]) -> str | None:
+        """Return the parameters that were fitted for exactly these constituents."""
+        row = self._db.row("SELECT content FROM fitted WHERE members = ?", (json.dumps(list(names)),))
+        return str(row["content"]) if row is not None else None
+
     def last_quarantine(self) -> int:
         """Return the number of the latest quarantine version: answers of older ones are void."""
         row = self._db.row("SELECT max(number) AS number FROM versions WHERE cause = 'quarantine'")
@@ -103,6 +140,7 @@ class Versions:
         Any other member whose stage is tainted leaves the vote: it was never its own shard's.
         """
         with self._db.transaction():
+            self._db.rows("DELETE FROM fitted")  # their parameters descend from what is tainted now
             members = []
             for member in self.live().members:
                 row = self._stages.get(member.key, member.platform)

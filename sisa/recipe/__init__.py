@@ -4,6 +4,7 @@ from sisa.recipe.identity import difference, recipe_digest, training_identity
 from sisa.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from sisa.recipe.schema import (
     BUILTIN_MODELS,
+    AggregationSpec,
     ColumnSpec,
     DataSpec,
     HoldoutSpec,
@@ -20,6 +21,7 @@ from sisa.recipe.schema import (
 
 __all__ = [
     "BUILTIN_MODELS",
+    "AggregationSpec",
     "ColumnSpec",
     "DataSpec",
     "HoldoutSpec",

@@ -38,14 +38,19 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def difference(stored: Recipe, asked: Recipe) -> list[str]:
     """Name each field in which two resolved recipes differ, with both values; empty if none does."""
-    old = {**training_identity(stored), "aggregation": stored.sisa.aggregation}
-    new = {**training_identity(asked), "aggregation": asked.sisa.aggregation}
-    left, right = _flat(old), _flat(new)
+    left = _flat({**training_identity(stored), **_aggregation(stored)})
+    right = _flat({**training_identity(asked), **_aggregation(asked)})
     return [
         f"{_named(path)}: the store has {_value(left, path)}, asked for {_value(right, path)}"
         for path in sorted(left.keys() | right.keys())
         if left.get(path) != right.get(path)
     ]
+
+
+def _aggregation(recipe: Recipe) -> dict[str, object]:
+    wanted = recipe.sisa.aggregation
+    table = {} if isinstance(wanted, str) else {"aggregation.table": wanted.table}
+    return {"aggregation": recipe.sisa.aggregation_name, **table}
 
 
 def _value(fields: dict[str, object], path: str) -> str:
@@ -54,7 +59,7 @@ def _value(fields: dict[str, object], path: str) -> str:
 
 
 def _named(path: str) -> str:
-    return f"sisa.{path}" if path in {"shards", "slices", "aggregation"} else path
+    return f"sisa.{path}" if path in {"shards", "slices", "aggregation", "aggregation.table"} else path
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:

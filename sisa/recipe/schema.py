@@ -313,12 +313,58 @@ class TrainingSpec(Section):
     """Threads of one worker. Another number gives other bits, so it belongs to the recipe."""
 
 
+PLAIN_AGGREGATIONS = ("mean", "vote", "trimmed_mean", "median")
+FITTED_AGGREGATIONS = ("calibrated", "weighted")
+
+
+class AggregationSpec(Section):
+    """An aggregation with parameters, and the table that they are fitted on."""
+
+    name: Literal["calibrated", "weighted"]
+    table: StrictStr = Field(min_length=1)
+    """Rows with the recipe's features and label that are nobody's: nobody can ask for their deletion."""
+
+
+def _aggregation_problems(fields: dict[str, object]) -> list[str]:
+    """Say what is wrong with an aggregation that is written out."""
+    name = fields.get("name")
+    known = [*PLAIN_AGGREGATIONS, *FITTED_AGGREGATIONS]
+    if name not in known:
+        return [f"name: expected one of {', '.join(known)}, got {'nothing' if name is None else repr(name)}"]
+    problems = [
+        f"{field}: no such field; expected name and table" for field in sorted(fields.keys() - {"name", "table"})
+    ]
+    table = fields.get("table")
+    if name in PLAIN_AGGREGATIONS and table is not None:
+        problems.append(f"table: {name} has no parameters that could be fitted on one")
+    if name in FITTED_AGGREGATIONS and not (isinstance(table, str) and table):
+        problems.append(f"table: {name} is fitted on rows that are nobody's; expected {{name: {name}, table: PATH}}")
+    return problems
+
+
 class SisaSpec(Section):
     """Sharding, slicing and how the constituents' posteriors become one answer."""
 
     shards: Annotated[StrictInt, Field(ge=1, le=9999)]
     slices: Annotated[StrictInt, Field(ge=1, le=99)]
-    aggregation: Literal["mean", "vote"] = "mean"
+    aggregation: Literal["mean", "vote", "trimmed_mean", "median"] | AggregationSpec = "mean"
+
+    @field_validator("aggregation", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        """Take ``{name: mean}`` for ``mean``, and say in one message what an aggregation is missing."""
+        if isinstance(value, AggregationSpec):
+            return value
+        fields = {str(field): given for field, given in value.items()} if isinstance(value, dict) else {"name": value}
+        problems = _aggregation_problems(fields)
+        if problems:
+            raise ValueError("\n".join(problems) if isinstance(value, dict) else problems[0].partition(": ")[2])
+        return fields["name"] if fields["name"] in PLAIN_AGGREGATIONS else fields
+
+    @property
+    def aggregation_name(self) -> str:
+        """The rule, whether it has parameters or not."""
+        return self.aggregation if isinstance(self.aggregation, str) else self.aggregation.name
 
 
 class RoutingSpec(Section):

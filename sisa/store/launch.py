@@ -33,6 +33,7 @@ from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import require_same
+from sisa.store.refit import calibration_rows
 from sisa.store.results import Training
 from sisa.store.store import Store
 from sisa.training.footing import footing_here
@@ -76,7 +77,7 @@ def train(
     with opened.operation_lock().held(timeout_s=0):
         done = _build(opened, execution, reporter, upgrade=upgrade)
     result = Store(opened)
-    result.training = _summary(result, done, started=started, missing=missing)
+    result.training = _summary(result, result.refit(), done, started=started, missing=missing)
     return result
 
 
@@ -94,6 +95,8 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         check_vacant(layout)
     resolved = resolve(asked, open_source(asked.data.source))
     key = routing_key_for(asked, layout)
+    if not isinstance(resolved.sisa.aggregation, str):
+        calibration_rows(resolved)  # refused now, or after all the training
     if is_store(layout):
         opened = open_store(layout)
         _same_recipe(opened, resolved)
@@ -254,12 +257,12 @@ def raise_first(failures: dict[int, SisaError]) -> None:
     raise error
 
 
-def _summary(store: Store, done: Repair, *, started: float, missing: int) -> Training:
+def _summary(store: Store, version: int, done: Repair, *, started: float, missing: int) -> Training:
     opened = store.opened
     partitions = opened.ledger.partitions.all()
     return Training(
         store=str(opened.layout.root),
-        version=done.version,
+        version=version,
         records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
         subjects=sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),
         holdout_records=sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),

@@ -239,7 +239,24 @@ class Store:
                 "and what was deleted stays deleted",
                 hint=error.hint,
             )
+        if done.version:
+            self.refit()
         return done
+
+    def refit(self) -> int:
+        """Fit the parameters of the aggregation, if it has some, for the constituents that answer now.
+
+        Returns:
+            The number of the live version: a new one if parameters changed.
+
+        Raises:
+            UserError: The table that they are fitted on can't be used.
+        """
+        if isinstance(self.opened.recipe.sisa.aggregation, str):
+            return self.version
+        from sisa.store.refit import refit
+
+        return refit(self.opened, self.ensemble)
 
     def _nothing_to_delete(self, missing: list[str], *, started: float) -> Deletion:
         version = self.version
@@ -306,6 +323,8 @@ class Store:
         done = self._bring_up(range(self.opened.shards), execution, reporter, heal=True)
         if done.damaged_rows is not None:
             raise done.damaged_rows
+        if done.version != before:
+            self.measure()
         closed = [ledger.requests.get(identifier) for identifier in done.requests]
         touched = {row.shard for row in done.trained} | {shard for request in closed for shard in request.shards}
         return Repaired(
@@ -318,7 +337,7 @@ class Store:
             stages_retrained=len(done.trained),
             version_before=before,
             version_quarantine=max((r.version_quarantine or 0 for r in closed), default=0) or None,
-            version_after=done.version,
+            version_after=self.version,
             seconds_to_quarantine=max((r.seconds_to_quarantine for r in closed), default=0.0),
             seconds=round(time.monotonic() - started, 3),
         )
@@ -354,10 +373,19 @@ class Store:
             return verify(self.opened, replay=replay, execution=execution, reporter=reporter or Silent())
 
     def measure(self) -> Metrics | None:
-        """Measure the live ensemble on the holdout; None without a holdout or without an ensemble."""
+        """Measure the live ensemble on the holdout; None without a holdout or without an ensemble.
+
+        What was measured is kept with the version.
+        """
         from sisa.store.measure import measure
 
-        return measure(self.opened, self.ensemble)
+        version = self.version
+        found = measure(self.opened, self.ensemble)
+        if found is not None and self.version == version:
+            self.opened.ledger.versions.measured(
+                version, accuracy=found.accuracy, log_loss=found.log_loss, records=found.records
+            )
+        return found
 
     def request(self, identifier: str) -> Request:
         """Return one deletion request.
