@@ -1,14 +1,28 @@
-"""Leases in the ledger: who must be waited for, and for how long."""
+"""Leases in the ledger: who must be waited for, and for how long.
+
+The second half plays the protocol: replicas, acceptors and clients run their real code over a real ledger, one step of
+one of them at a time. A step ends at any line (in the check that decides, at any instruction); who goes next, who is
+frozen and how time passes is drawn from a seed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sisa.deletion import confirm
-from sisa.ledger import Ledger, Member
+from sisa.ledger import Ledger, Member, View
+from sisa.serving import replica as replicas
+from sisa.serving.replica import NotServingError, Replica, wait_until_serving
 
 
 @pytest.fixture
@@ -99,3 +113,342 @@ def test_the_dead_are_waited_for_one_lease_by_our_own_clock(ledger: Ledger, monk
 def test_with_nobody_there_nothing_is_waited_for(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confirm.time, "sleep", lambda _: pytest.fail("slept"))
     confirm.await_replicas(Store(ledger), quarantine(ledger))  # type: ignore[arg-type]
+
+
+# --- the protocol, played step by step --------------------------------------------------------------
+
+LEASE_S = 2.0
+STEPS = 8000
+SEEDS = 40
+TRACED = {confirm.__file__, replicas.__file__}
+
+
+class OverError(BaseException):
+    """The play has ended."""
+
+
+class Actor:
+    """A thread that goes on only when it is told to."""
+
+    def __init__(self, play: Play, process: str, work: Callable[[], None], weight: int) -> None:
+        self.process = process
+        self.weight = weight
+        self.turn = threading.Semaphore(0)
+        self.alive = True
+        self.thread = threading.Thread(target=self._run, args=(play, work), daemon=True)
+
+    def _run(self, play: Play, work: Callable[[], None]) -> None:
+        play.own.actor = self
+        self.turn.acquire()
+        sys.settrace(play.traced)
+        try:
+            play.pause()
+            work()
+        except OverError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - the play's thread raises it
+            play.broken = error
+        finally:
+            sys.settrace(None)
+            self.alive = False
+            play.back.release()
+
+
+class Play:
+    """Who is there, what time it is, and what has been acknowledged."""
+
+    def __init__(self, seed: int, path: Path) -> None:
+        self.random = random.Random(seed)
+        self.path = path
+        self.back = threading.Semaphore(0)
+        self.own = threading.local()
+        self.over = False
+        self.broken: BaseException | None = None
+        self.clock_s = 1000.0
+        self.actors: list[Actor] = []
+        self.acknowledged = 0
+        self.answers = 0
+        self.deletions = 0
+        self.violations: list[str] = []
+        self.step = self.steps = 0
+        self.frozen: dict[str, int] = {}
+        self.stay = self.random.choice([0.5, 0.9, 0.98])
+        self.haste = self.random.choice([0.001, 0.004, 0.01])
+        self.closely = self.random.random() < 0.3
+
+    def enter(self, process: str, work: Callable[[], None], *, weight: int = 1) -> None:
+        self.actors.append(Actor(self, process, work, weight))
+
+    def pause(self) -> None:
+        """End the step of the actor that calls; it may be the next one, too."""
+        actor = getattr(self.own, "actor", None)
+        if actor is not None and not self._goes_on(actor):
+            self.back.release()
+            actor.turn.acquire()
+        if self.over:
+            raise OverError
+
+    def _goes_on(self, actor: Actor) -> bool:
+        """Let a step's time pass and draw whether the same actor takes the next one."""
+        draw = self.random
+        self.step += 1
+        if draw.random() < self.haste:
+            self.clock_s += draw.choice([0.02, 0.1, 0.5, 1.1]) * LEASE_S
+        if draw.random() < 0.001:
+            self.frozen[draw.choice(self.actors).process] = self.step + draw.randrange(800)
+        return draw.random() < self.stay and not self._is_frozen(actor) and self.step < self.steps
+
+    def _is_frozen(self, actor: Actor) -> bool:
+        return self.frozen.get(actor.process, 0) > self.step
+
+    def traced(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in TRACED:
+            return None
+        if self.closely and frame.f_code.co_name == "_may_answer":
+            frame.f_trace_opcodes = True
+        if event in {"line", "opcode"}:
+            self.pause()
+        return self.traced
+
+    def elapsed_s(self) -> float:
+        """What the clock of the calling process shows: they have nothing in common but their speed."""
+        actor = getattr(self.own, "actor", None)
+        return self.clock_s + (10_000.0 * len(actor.process) if actor is not None else 0.0)
+
+    def open_ledger(self) -> Ledger:
+        return Ledger.open(self.path)
+
+    def run(self, steps: int) -> None:
+        """Play; afterwards every actor has ended."""
+        self.steps = steps
+        for actor in self.actors:
+            actor.thread.start()
+        while self.step < steps and self.broken is None:
+            able = [one for one in self.actors if one.alive and not self._is_frozen(one)]
+            if able:
+                self._step(self.random.choices(able, [one.weight for one in able])[0])
+            else:
+                self.step += 1
+        self.over = True
+        for one in self.actors:
+            while one.alive:
+                self._step(one)
+            one.thread.join()
+        if self.broken is not None:
+            raise self.broken
+
+    def _step(self, actor: Actor) -> None:
+        actor.turn.release()
+        self.back.acquire()
+
+
+class Flag:
+    """An event whose waiting is a step."""
+
+    def __init__(self, play: Play) -> None:
+        self._play = play
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, _: float) -> bool:
+        self._play.pause()
+        return self._set
+
+
+class Turnstile:
+    """A condition whose waiting is a step."""
+
+    def __init__(self, play: Play) -> None:
+        self._play = play
+        self._held = False
+
+    def __enter__(self) -> None:
+        while self._held:
+            self._play.pause()
+        self._held = True
+
+    def __exit__(self, *_: object) -> None:
+        self._held = False
+
+    def wait(self, _: float) -> None:
+        self._held = False
+        self._play.pause()
+        self.__enter__()
+
+    def notify_all(self) -> None:
+        assert self._held
+
+
+class Ensemble:
+    """Answers with the number of its version."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def load(self) -> Any:
+        number = self._store.ledger.versions.live_number()
+        answer = SimpleNamespace(version=number)
+        return SimpleNamespace(version=number, panel=None, nobody_because=None, answer=lambda _: answer)
+
+    def close(self) -> None:
+        self._store.ledger.close()
+
+
+def stage(play: Play, monkeypatch: pytest.MonkeyPatch, kind: type[Replica]) -> None:
+    """One or two servers with three threads each, two who delete, and one who repairs."""
+    opened = lambda layout: SimpleNamespace(ledger=play.open_ledger(), layout=layout)  # noqa: E731
+    monkeypatch.setattr(replicas, "open_store", opened)
+    monkeypatch.setattr(replicas, "LiveEnsemble", Ensemble)
+    monkeypatch.setattr(replicas, "elapsed_s", play.elapsed_s)
+    monkeypatch.setattr(confirm, "elapsed_s", play.elapsed_s)
+    monkeypatch.setattr(confirm, "time", SimpleNamespace(sleep=lambda _: play.pause()))
+    for number in range(play.random.choice([1, 1, 2])):
+        server = kind(SimpleNamespace(ledger=play.path), lease_s=LEASE_S)
+        server._stopping, server._changed = Flag(play), Turnstile(play)  # type: ignore[assignment]
+        process = "server" + "'" * number
+        play.enter(process, server._keep_lease, weight=4)
+        play.enter(process, server._keep_loaded, weight=2)
+        play.enter(process, lambda server=server: client(play, server), weight=4)
+        if play.random.random() < 0.3:
+            play.enter(process, lambda server=server: stop(play, server))
+    for number in range(2):
+        play.enter("deleter" + "'" * number, lambda: deleter(play))
+    play.enter("repairer", lambda: repairer(play))
+
+
+def client(play: Play, server: Replica) -> None:
+    """Ask again and again, and hold each answer against what had been acknowledged before the question was sent."""
+    while True:
+        before = play.acknowledged
+        play.pause()
+        try:
+            answer: Any = server.answer_now(None)  # type: ignore[arg-type]
+            if answer is None:
+                answer = server.answer(None, patience_s=play.random.choice([0.0, 1.0, 9.0]))  # type: ignore[arg-type]
+        except NotServingError:
+            continue
+        play.answers += 1
+        if answer.version < before:
+            play.violations.append(f"version {answer.version} after {before} was acknowledged")
+
+
+def deleter(play: Play) -> None:
+    ledger = play.open_ledger()
+    while True:
+        number = quarantine(ledger)
+        confirm.await_replicas(Store(ledger), number)  # type: ignore[arg-type]
+        play.acknowledged = max(play.acknowledged, number)
+        play.deletions += 1
+        for _ in range(play.random.randrange(600)):
+            play.pause()
+
+
+def repairer(play: Play) -> None:
+    ledger = play.open_ledger()
+    while True:
+        for _ in range(play.random.randrange(1, 200)):
+            play.pause()
+        ledger.versions.publish([Member(0, 1, "a", "p")], cause="repair")
+
+
+def stop(play: Play, server: Replica) -> None:
+    for _ in range(play.random.randrange(STEPS // 8)):
+        play.pause()
+    server.stop()
+
+
+def play_all(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kind: type[Replica] = Replica) -> Iterator[Play]:
+    """Plays of one seed after the other."""
+    template = folder / "template.db"
+    ledger = Ledger.create(template)
+    ledger.versions.publish([Member(0, 1, "a", "p")], cause="train")
+    ledger.close()
+    for seed in range(SEEDS):
+        path = folder / f"{seed}.db"
+        shutil.copy(template, path)
+        play = Play(seed, path)
+        stage(play, monkeypatch, kind)
+        play.run(STEPS)
+        path.unlink()
+        yield play
+
+
+def test_no_answer_is_older_than_what_was_acknowledged_before_its_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = deletions = 0
+    for play in play_all(tmp_path, monkeypatch):
+        assert play.violations == []
+        answers += play.answers
+        deletions += play.deletions
+    print(answers, deletions)
+    assert answers > 5 * SEEDS
+    assert deletions > 5 * SEEDS
+
+
+class CountsFromTheReading(Replica):
+    """Its lease begins when the reading has ended, however long that took."""
+
+    def _take_in(self, view: View, *, until_s: float | None) -> None:
+        super()._take_in(view, until_s=None if until_s is None else replicas.elapsed_s() + self.lease_s)
+
+
+class IgnoresTheLease(Replica):
+    """It answers until it learns of a quarantine."""
+
+    def _may_answer(self, bound: Any) -> bool:
+        return bound is not None and bound.loaded.version >= self._lease.floor
+
+
+class IgnoresTheFloor(Replica):
+    """It answers from what is loaded."""
+
+    def _may_answer(self, bound: Any) -> bool:
+        return bound is not None and replicas.elapsed_s() < self._lease.until_s
+
+
+class ConfirmsFirst(Replica):
+    """It says that it has stopped, and then stops."""
+
+    def _take_in(self, view: View, *, until_s: float | None) -> None:
+        ledger = Ledger.open(self._layout.ledger)
+        ledger.replicas.confirm(self.id, view.floor)
+        ledger.close()
+        super()._take_in(view, until_s=until_s)
+
+
+class LeavesWithALease(Replica):
+    """It strikes itself off and goes on until its lease ends."""
+
+    def _let_go(self) -> None:
+        pass
+
+    def _may_answer(self, bound: Any) -> bool:
+        lease = self._lease
+        return bound is not None and bound.loaded.version >= lease.floor and replicas.elapsed_s() < lease.until_s
+
+
+@pytest.mark.parametrize(
+    "kind", [CountsFromTheReading, IgnoresTheLease, IgnoresTheFloor, ConfirmsFirst, LeavesWithALease]
+)
+def test_the_play_finds_a_replica_that_breaks_a_rule(
+    kind: type[Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch, kind=kind))
+
+
+def test_the_play_finds_a_lease_in_spite_of_a_quarantine_to_confirm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(View, "renews", property(lambda view: view.confirmed is not None))
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch))
+
+
+def test_the_play_finds_an_impatient_acceptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirm, "MARGIN", 0.4)
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch))

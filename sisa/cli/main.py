@@ -18,7 +18,9 @@ from sisa.cli.delete import delete
 from sisa.cli.options import print_json, spread_ids
 from sisa.cli.predict import predict
 from sisa.cli.repair import repair
+from sisa.cli.serve import serve
 from sisa.cli.status import status
+from sisa.cli.token import token
 from sisa.cli.train import train
 from sisa.cli.verify import verify
 from sisa.errors import SisaError
@@ -49,9 +51,9 @@ def cli() -> None:
     """
 
 
-for command in (train, delete, repair, status, predict, verify):
+for command in (train, delete, repair, status, predict, verify, serve, token):
     cli.add_command(command)
-for shown in (cli, *cli.commands.values()):
+for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.
     shown.help = (shown.help or "").replace(r"\b", "\b")
 

@@ -1,0 +1,134 @@
+"""Predictions over HTTP: rows in JSON or Arrow in, scores of one ensemble version out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sisa.ensemble.live import Answer, predicted_classes
+from sisa.learners.columns import Columns, columns_from_table
+from sisa.recipe import Recipe
+from sisa.records.features import feature_table
+from sisa.records.streams import write_stream
+from sisa.serving.bodies import arrow_table, content_type, json_object, only_known
+from sisa.serving.gather import MOST_ROWS, Gatherer
+from sisa.serving.limits import Refused
+from sisa.serving.metrics import Metrics
+from sisa.serving.replica import Replica
+from sisa.serving.rows import RowReader
+
+ARROW = "application/vnd.apache.arrow.stream"
+MAX_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer and its classes."""
+
+    answer: Answer
+    predictions: list[bool | int | str]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain data, as ``/predict`` answers it."""
+        return {
+            "version": self.answer.version,
+            "path": self.answer.path,
+            "voters": self.answer.voters,
+            "predictions": self.predictions,
+            "scores": self.answer.scores_BC.tolist(),
+        }
+
+
+class Predictions:
+    """Answers the rows of requests from one replica."""
+
+    def __init__(
+        self, recipe: Recipe, replica: Replica, metrics: Metrics, *, max_rows: int = MAX_ROWS, patience_s: float = 10.0
+    ) -> None:
+        self.recipe = recipe
+        self.classes = list(recipe.data.classes or [])
+        self.reader = RowReader(recipe)
+        self._replica = replica
+        self._gatherer = Gatherer(replica.answer_now)
+        self._metrics = metrics
+        self._max_rows = max_rows
+        self._patience_s = patience_s
+
+    async def predict(self, request: Request) -> Response:
+        """Answer ``POST /predict``.
+
+        Raises:
+            Refused: The body can't be understood.
+            UserError: A row isn't what the recipe says it is.
+            NotServingError: This replica may not answer now.
+        """
+        if content_type(request) == ARROW:
+            columns = await run_in_threadpool(self._arrow, await request.body())
+            return arrow_response(await self.answer(columns), self.classes)
+        body = await json_object(request)
+        only_known(body, {"rows": "list of objects"}, what="the body")
+        rows = body.get("rows")
+        if not isinstance(rows, list):
+            raise Refused(422, "rows: expected a list of objects", hint=f'For example {{"rows": [{self._example()}]}}.')
+        return json_response((await self.answer(await self.columns(rows))).as_dict())
+
+    async def columns(self, rows: list[Any]) -> Columns:
+        """Read JSON rows.
+
+        Raises:
+            Refused: 413: too many.
+            UserError: A row isn't what the recipe says it is.
+        """
+        self.check_count(len(rows))
+        return self.reader.read(rows) if len(rows) <= MOST_ROWS else await run_in_threadpool(self.reader.read, rows)
+
+    def check_count(self, count: int) -> None:
+        """Make sure that a request doesn't ask about too many rows.
+
+        Raises:
+            Refused: 413.
+        """
+        if count > self._max_rows:
+            raise Refused(
+                413, f"{count:,} rows at once; at most {self._max_rows:,} are answered", hint="Send them in parts."
+            )
+
+    async def answer(self, columns: Columns) -> Answered:
+        """Answer rows from one version."""
+        answer = await self._gatherer.answer(columns) if columns.count <= MOST_ROWS else None
+        if answer is None:
+            answer = await run_in_threadpool(self._replica.answer, columns, patience_s=self._patience_s)
+        self._metrics.answered(answer.path, rows=columns.count)
+        return Answered(answer, predicted_classes(answer.scores_BC, self.classes))
+
+    def _arrow(self, content: bytes) -> Columns:
+        table = arrow_table(content, self.recipe.data.features)
+        self.check_count(table.num_rows)
+        return columns_from_table(feature_table(table, self.recipe), self.recipe)
+
+    def _example(self) -> str:
+        return "{" + ", ".join(f'"{name}": ...' for name in self.reader.names[:3]) + "}"
+
+
+def json_response(content: object, *, status: int = 200) -> Response:
+    """Return plain data as JSON."""
+    return Response(
+        json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, media_type="application/json"
+    )
+
+
+def arrow_response(answered: Answered, classes: list[bool | int | str]) -> Response:
+    """Return an Arrow stream with the columns ``prediction`` and ``scores``; the version is in the schema's metadata."""
+    answer = answered.answer
+    schema = pa.schema(
+        [("prediction", pa.array(classes).type), ("scores", pa.list_(pa.float64()))],
+        metadata={"version": str(answer.version), "path": answer.path, "voters": str(answer.voters)},
+    )
+    table = pa.table([answered.predictions, answer.scores_BC.tolist()], schema=schema)
+    return Response(write_stream(table), media_type=ARROW)

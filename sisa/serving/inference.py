@@ -1,0 +1,182 @@
+"""Open Inference Protocol v2 (KServe/Triton's HTTP protocol), in JSON: one input tensor for each feature.
+
+https://github.com/kserve/open-inference-protocol
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sisa.learners.columns import feature_specs
+from sisa.recipe import Recipe
+from sisa.serving.answer import Answered, Predictions, json_response
+from sisa.serving.bodies import json_object, only_known
+from sisa.serving.limits import Refused
+
+REQUEST_FIELDS = {"id": "text", "parameters": "object", "inputs": "list", "outputs": "list"}
+TENSOR_FIELDS = {"name": "text", "shape": "list", "datatype": "text", "parameters": "object", "data": "list"}
+OUTPUT_FIELDS = {"name": "text", "parameters": "object"}
+OUTPUTS = ("prediction", "scores", "version")
+NAMED = "The model's metadata list its inputs and outputs."
+NUMBERS = ("FP64", "FP32", "FP16", "INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8", "BOOL")
+
+
+def model_metadata(name: str, recipe: Recipe, *, version: int) -> dict[str, Any]:
+    """Return what ``GET /v2/models/{name}`` answers."""
+    classes = list(recipe.data.classes or [])
+    return {
+        "name": name,
+        "versions": [str(version)] if version else [],
+        "platform": "sisa_ensemble",
+        "inputs": [_described(feature, kind=spec.type, size=spec.size or 0) for feature, spec in feature_specs(recipe)],
+        "outputs": [
+            {"name": "prediction", "datatype": _class_type(classes), "shape": [-1]},
+            {"name": "scores", "datatype": "FP64", "shape": [-1, len(classes)]},
+            {"name": "version", "datatype": "INT64", "shape": [1]},
+        ],
+        "parameters": {"classes": classes},
+    }
+
+
+def _described(feature: str, *, kind: str | None, size: int) -> dict[str, Any]:
+    if kind == "vector":
+        return {"name": feature, "datatype": "FP32", "shape": [-1, size]}
+    return {"name": feature, "datatype": "BYTES" if kind == "categorical" else "FP64", "shape": [-1, 1]}
+
+
+def check_version(wanted: str | None, version: int) -> None:
+    """Make sure that a request names no version but the live one.
+
+    Raises:
+        Refused: 404.
+    """
+    if wanted is not None and wanted != str(version):
+        raise Refused(404, "this version is not the live one", hint="Leave the version out, or ask which one is live.")
+
+
+async def infer(request: Request, name: str, predictions: Predictions, *, wanted: str | None = None) -> Response:
+    """Answer ``POST /v2/models/{name}/infer``.
+
+    Args:
+        request: The request.
+        name: What the model is called.
+        predictions: Who answers.
+        wanted: The version that has to answer; None for whichever is live.
+
+    Raises:
+        Refused: The body is no request of the protocol, or the live version isn't the wanted one.
+        UserError: A value isn't what the recipe says it is.
+    """
+    if "inference-header-content-length" in request.headers:
+        raise Refused(415, "tensors in binary form are not supported yet", hint="Send them as JSON: binary_data=False.")
+    body = await json_object(request)
+    only_known(body, REQUEST_FIELDS, what="the body")
+    inputs, outputs = body.get("inputs"), _wanted(body.get("outputs", []))
+    if not isinstance(inputs, list):
+        raise Refused(422, "inputs: expected a list of tensors", hint=f"GET /v2/models/{name} lists them.")
+    _check_parameters(body, "the body")
+    found = {"model_name": name, **_id(body)}
+    rows = _rows(inputs, predictions)
+    answered = await predictions.answer(await predictions.columns(rows))
+    check_version(wanted, answered.answer.version)
+    found["model_version"] = str(answered.answer.version)
+    return json_response({**found, "outputs": _outputs(answered, outputs, predictions)})
+
+
+def _id(body: dict[str, Any]) -> dict[str, str]:
+    """Return the caller's name for the request, which the answer repeats."""
+    if "id" not in body:
+        return {}
+    if not isinstance(body["id"], str) or not _is_unicode(body["id"]):
+        raise Refused(422, "id: expected a text", hint="Leave it out if there is none.")
+    return {"id": body["id"]}
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_parameters(owner: dict[str, Any], where: str) -> None:
+    if not isinstance(owner.get("parameters", {}), dict):
+        raise Refused(
+            422, f"{where}: expected an object for parameters", hint="Leave them out: none has a meaning here."
+        )
+
+
+def _wanted(outputs: Any) -> list[str]:
+    """Return the names of the outputs that were asked for."""
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        raise Refused(422, "outputs: expected a list of objects", hint="Leave it out to get every output.")
+    for position, output in enumerate(outputs):
+        only_known(output, OUTPUT_FIELDS, what=f"outputs[{position}]")
+        _check_parameters(output, f"outputs[{position}]")
+        if output.get("name") not in OUTPUTS:
+            raise Refused(
+                422, f"outputs[{position}].name: expected {', '.join(OUTPUTS[:-1])} or {OUTPUTS[-1]}", hint=NAMED
+            )
+    return [output["name"] for output in outputs] or list(OUTPUTS)
+
+
+def _rows(inputs: list[Any], predictions: Predictions) -> list[dict[str, Any]]:
+    sizes = {name: spec.size for name, spec in feature_specs(predictions.recipe) if spec.type == "vector"}
+    texts = {name for name, spec in feature_specs(predictions.recipe) if spec.type == "categorical"}
+    columns: dict[str, list[Any]] = {}
+    for position, tensor in enumerate(inputs):
+        where = f"inputs[{position}]"
+        if not isinstance(tensor, dict):
+            raise Refused(422, f"{where}: expected an object", hint="A tensor has name, shape, datatype and data.")
+        only_known(tensor, TENSOR_FIELDS, what=where)
+        _check_parameters(tensor, where)
+        name = tensor.get("name")
+        if not isinstance(name, str) or name not in predictions.reader.names or name in columns:
+            raise Refused(422, f"{where}: the name is no feature's, or comes twice", hint=NAMED)
+        columns[name] = _values(tensor, where, size=sizes.get(name), text=name in texts)
+    missing = [name for name in predictions.reader.names if name not in columns]
+    if missing:
+        raise Refused(422, f"inputs: {missing[0]!r} is missing", hint="Send one tensor for each feature.")
+    counts = {len(values) for values in columns.values()}
+    if len(counts) > 1:
+        raise Refused(422, "inputs: tensors have different numbers of rows", hint="The first dimension is the row.")
+    predictions.check_count(next(iter(counts)))
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _values(tensor: dict[str, Any], where: str, *, size: int | None, text: bool) -> list[Any]:
+    """Return one value for each row; data come flat, in row-major order, or nested."""
+    shape, datatype, data = tensor.get("shape"), tensor.get("datatype"), tensor.get("data")
+    if not isinstance(shape, list) or not isinstance(data, list):
+        raise Refused(422, f"{where}: expected lists for shape and data", hint="Data are row-major.")
+    allowed = ("BYTES", *NUMBERS[3:]) if text else NUMBERS
+    if datatype not in allowed:
+        raise Refused(422, f"{where}.datatype: expected one of {', '.join(allowed)}", hint=NAMED)
+    width = size or 1
+    good = all(type(n) is int and n >= 0 for n in shape) and len(shape) in {1, 2} and shape[1:] in ([], [width])
+    if not good or (size is not None and len(shape) == 1):
+        expected = f"[rows, {width}]" if size is not None else "[rows] or [rows, 1]"
+        raise Refused(422, f"{where}: expected the shape {expected}", hint=NAMED)
+    flat = [value for row in data for value in row] if data and all(isinstance(row, list) for row in data) else data
+    if len(flat) != shape[0] * width:
+        raise Refused(422, f"{where}: the data don't fill the shape", hint="Data are row-major, one value per element.")
+    return [flat[i : i + width] for i in range(0, len(flat), width)] if size is not None else flat
+
+
+def _outputs(answered: Answered, names: list[str], predictions: Predictions) -> list[dict[str, Any]]:
+    answer, rows = answered.answer, len(answered.predictions)
+    made = {
+        "prediction": (_class_type(predictions.classes), [rows], answered.predictions),
+        "scores": ("FP64", [rows, len(predictions.classes)], answer.scores_BC.reshape(-1).tolist()),
+        "version": ("INT64", [1], [answer.version]),
+    }
+    return [{"name": n, "datatype": made[n][0], "shape": made[n][1], "data": made[n][2]} for n in names]
+
+
+def _class_type(classes: list[bool | int | str]) -> str:
+    kinds = {type(value) for value in classes}
+    return "BOOL" if kinds == {bool} else "INT64" if kinds == {int} else "BYTES"

@@ -1,0 +1,27 @@
+"""An open store for each thread: a ledger's connection belongs to the thread that opened it."""
+
+from __future__ import annotations
+
+import threading
+
+from sisa.layout import Layout
+from sisa.opening import OpenStore, open_store
+
+
+class ThreadStores:
+    """Opens the store once in each thread that asks; closed when the thread ends."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._local = threading.local()
+
+    def get(self) -> OpenStore:
+        """Return this thread's open store.
+
+        Raises:
+            StoreError: It can't be opened.
+        """
+        opened: OpenStore | None = getattr(self._local, "opened", None)
+        if opened is None:
+            opened = self._local.opened = open_store(self.layout)
+        return opened
