@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -246,3 +247,18 @@ def test_14_rows_and_ids_are_left_in_rays_folders(session, trained, tmp_path):
     assert holding_traces(trained.opened.layout.records.parent)  # the eye that sees nothing there isn't blind
     asked = at(tmp_path, RECIPE, tmp_path / "again.parquet")
     assert sisa.train(asked, store=store.opened.layout.root, executor="ray").training.stages_trained == 0
+
+
+@pytest.mark.ray
+def test_14_a_caller_that_has_imported_ray_before(tmp_path):
+    """Ray reads its variables at its import: a cluster with a token, and a driver that knows of none."""
+    script = (
+        "import ray, sys; sys.path[:0] = sys.argv[1:2]\n"
+        "import crash_kit as kit; from pathlib import Path; import sisa\n"
+        "folder = Path(sys.argv[2]); recipe = kit.make_recipe(folder, kit.people(12))\n"
+        "store = sisa.train(recipe, store=folder / 'store', executor='ray')\n"
+        "print(store.training.stages_trained)\n"
+    )
+    words = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "4"), done.stderr

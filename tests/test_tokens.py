@@ -200,3 +200,19 @@ def test_help_imports_nothing_heavy_and_shows_examples_that_parse(cli, words):
 def test_a_shell_gets_the_token_from_stdout(tmp_path, store):
     made = process("token", "create", "--store", str(store), "--scope", "read", folder=tmp_path)
     assert FORM.fullmatch(made.stdout.removesuffix("\n"))
+
+
+def test_a_lookup_that_is_remembered_ends_with_the_next_commit_of_anybody(tmp_path):
+    ledger = Ledger.create(tmp_path / "ledger.db")
+    other = Ledger.open(tmp_path / "ledger.db")
+    text, made = other.tokens.create(["predict"])
+    assert ledger.tokens.find(text, wait=False) == made
+    assert ledger.tokens.find(text, wait=False) == made
+    other.tokens.revoke(made.id)
+    assert ledger.tokens.find(text, wait=False) is None
+    text, made = ledger.tokens.create(["read"])
+    assert ledger.tokens.find(text, wait=False) == made
+    ledger.tokens.revoke(made.id)
+    assert ledger.tokens.find(text, wait=False) is None
+    for each in (ledger, other):
+        each.close()

@@ -183,6 +183,7 @@ def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    _read_variables_again()
     with contextlib.nullcontext() if address is not None else working_folder() as folder:
         try:
             with interrupts_deferred():
@@ -191,6 +192,14 @@ def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
         finally:
             with interrupts_deferred():
                 ray.shutdown()
+
+
+def _read_variables_again() -> None:
+    """Have Ray look at the variables that were set just now: it did so at its import, which may have been our caller's."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _connect(ray: Any, address: str | None, *, cores: int, folder: Path | None) -> None:

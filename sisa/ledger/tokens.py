@@ -27,6 +27,8 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 ID = re.compile(r"[0-9a-f]{16}")
 TEXT = re.compile(r"sisa_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
 SECRET_BYTES = 32
+REMEMBERED = 1_000
+"""Rows that are kept between two commits of others, those of ids that nobody has included."""
 NOBODY = bytes(hashlib.sha256().digest_size)
 """Compared with where no token has the id, so that both ways take the same time. No text has this digest."""
 
@@ -57,6 +59,9 @@ class Tokens:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._rows: dict[str, sqlite3.Row | None] = {}
+        self._counted = -1
+        self._patient = True
 
     def create(self, scopes: Iterable[str], *, name: str = "") -> tuple[str, Token]:
         """Make a token; return its text, which can't be had again, and what is remembered of it.
@@ -86,11 +91,13 @@ class Tokens:
             wait: Whether to wait while another process commits; an event loop had better not.
 
         Raises:
-            BusyError: The ledger is being committed to, and ``wait`` is false.
+            BusyError: The ledger is being committed to, and ``wait`` is false. The connection stays so until it is
+                asked to wait again: keep one for the event loop, and nothing else.
         """
         form = TEXT.fullmatch(text)
         if form is None:
             return None
+        self._wait(patiently=wait)
         row = self._row(form[1]) if wait else self._row_at_once(form[1])
         right = hmac.compare_digest(_digest(text), bytes(row["digest"]) if row is not None else NOBODY)
         return _token(row) if row is not None and right else None
@@ -99,11 +106,20 @@ class Tokens:
         return self._db.row("SELECT * FROM tokens WHERE id = ?", (identifier,))
 
     def _row_at_once(self, identifier: str) -> sqlite3.Row | None:
-        self._db.rows("PRAGMA busy_timeout=0")
-        try:
-            return self._row(identifier)
-        finally:
-            self._db.rows(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000:.0f}")
+        """Return a row, remembered while no other connection has committed: SQLite counts that for us."""
+        counted = self._db.row("PRAGMA data_version")
+        if counted is None or counted[0] != self._counted or len(self._rows) >= REMEMBERED:
+            self._rows.clear()
+            self._counted = counted[0] if counted is not None else -1
+        if identifier not in self._rows:
+            self._rows[identifier] = self._row(identifier)
+        return self._rows[identifier]
+
+    def _wait(self, *, patiently: bool) -> None:
+        """Have this connection wait for others' commits, or not."""
+        if self._patient != patiently:
+            self._db.rows(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000 if patiently else 0:.0f}")
+            self._patient = patiently
 
     def all(self) -> list[Token]:
         """Return every token that wasn't revoked, oldest first."""
@@ -127,6 +143,7 @@ class Tokens:
             if row is None:
                 raise UserError(f"token {wanted}: the store has no such token", hint="`sisa token list` shows the ids.")
             self._db.rows("DELETE FROM tokens WHERE id = ?", (wanted,))
+            self._rows.clear()
             self._db.note("token_revoked", token=wanted)
         return _token(row)
 
@@ -135,6 +152,7 @@ class Tokens:
         if not token.used_today:
             with self._db.transaction():
                 self._db.rows("UPDATE tokens SET last_used_on = ? WHERE id = ?", (now()[:10], token.id))
+                self._rows.clear()
 
 
 def _known(scopes: Iterable[str]) -> tuple[str, ...]:
