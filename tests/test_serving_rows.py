@@ -19,17 +19,13 @@ from sisa.recipe import Recipe, parse_recipe
 from sisa.records.features import feature_table
 from sisa.serving.rows import RowReader
 
-RECIPE = {
-    **tables.mixed_recipe(),
-    "store": "unused",
-}
 SINGLE_MAX = float(np.finfo(np.float32).max)
 KINDS = {"age": "numeric", "job": "categorical", "hours": "numeric", "grade": "categorical"}
 
 
 def recipe() -> Recipe:
     columns = {**{name: {"type": kind} for name, kind in KINDS.items()}, "code": {"type": "vector", "size": 3}}
-    return parse_recipe({**RECIPE, "data": {**RECIPE["data"], "source": "unused.parquet", "columns": columns}})
+    return parse_recipe(tables.mixed_recipe(data={"source": "unused.parquet", "columns": columns}))
 
 
 READER = RowReader(recipe())

@@ -55,7 +55,7 @@ class Predictions:
         self.classes = list(recipe.data.classes or [])
         self.reader = RowReader(recipe)
         self._replica = replica
-        self._gatherer = Gatherer(replica.answer_now)
+        self._gatherer = Gatherer(self.reader.read, replica.answer_now)
         self._metrics = metrics
         self._max_rows = max_rows
         self._patience_s = patience_s
@@ -69,24 +69,14 @@ class Predictions:
             NotServingError: This replica may not answer now.
         """
         if content_type(request) == ARROW:
-            columns = await run_in_threadpool(self._arrow, await request.body())
-            return arrow_response(await self.answer(columns), self.classes)
+            answer = await run_in_threadpool(self._answer_arrow, await request.body())
+            return arrow_response(self._answered(answer), self.classes)
         body = await json_object(request)
         only_known(body, {"rows": "list of objects"}, what="the body")
         rows = body.get("rows")
         if not isinstance(rows, list):
             raise Refused(422, "rows: expected a list of objects", hint=f'For example {{"rows": [{self._example()}]}}.')
-        return json_response((await self.answer(await self.columns(rows))).as_dict())
-
-    async def columns(self, rows: list[Any]) -> Columns:
-        """Read JSON rows.
-
-        Raises:
-            Refused: 413: too many.
-            UserError: A row isn't what the recipe says it is.
-        """
-        self.check_count(len(rows))
-        return self.reader.read(rows) if len(rows) <= MOST_ROWS else await run_in_threadpool(self.reader.read, rows)
+        return json_response((await self.answer(rows)).as_dict())
 
     def check_count(self, count: int) -> None:
         """Make sure that a request doesn't ask about too many rows.
@@ -99,18 +89,31 @@ class Predictions:
                 413, f"{count:,} rows at once; at most {self._max_rows:,} are answered", hint="Send them in parts."
             )
 
-    async def answer(self, columns: Columns) -> Answered:
-        """Answer rows from one version."""
-        answer = await self._gatherer.answer(columns) if columns.count <= MOST_ROWS else None
-        if answer is None:
-            answer = await run_in_threadpool(self._replica.answer, columns, patience_s=self._patience_s)
-        self._metrics.answered(answer.path, rows=columns.count)
-        return Answered(answer, predicted_classes(answer.scores_BC, self.classes))
+    async def answer(self, rows: list[Any]) -> Answered:
+        """Answer JSON rows from one version.
 
-    def _arrow(self, content: bytes) -> Columns:
+        Raises:
+            Refused: 413: too many.
+            UserError: A row isn't what the recipe says it is.
+            NotServingError: This replica may not answer now.
+        """
+        self.check_count(len(rows))
+        answer = await self._gatherer.answer(rows) if len(rows) <= MOST_ROWS else None
+        if answer is None:
+            answer = await run_in_threadpool(lambda: self._wait_for(self.reader.read(rows)))
+        return self._answered(answer)
+
+    def _answer_arrow(self, content: bytes) -> Answer:
         table = arrow_table(content, self.recipe.data.features)
         self.check_count(table.num_rows)
-        return columns_from_table(feature_table(table, self.recipe), self.recipe)
+        return self._wait_for(columns_from_table(feature_table(table, self.recipe), self.recipe))
+
+    def _wait_for(self, columns: Columns) -> Answer:
+        return self._replica.answer(columns, patience_s=self._patience_s)
+
+    def _answered(self, answer: Answer) -> Answered:
+        self._metrics.answered(answer.path, rows=len(answer.scores_BC))
+        return Answered(answer, predicted_classes(answer.scores_BC, self.classes))
 
     def _example(self) -> str:
         return "{" + ", ".join(f'"{name}": ...' for name in self.reader.names[:3]) + "}"

@@ -29,7 +29,7 @@ from sisa.serving.replica import LEASE_S, PATIENCE_S, Replica
 from sisa.serving.stores import ThreadStores
 
 PAGE = Path(__file__).parent / "page"
-OVERVIEW = "GET /openapi.json lists what is served."
+OVERVIEW = "GET /openapi.json says what is served, and how to ask."
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -111,7 +111,9 @@ def create_app(serving: Serving) -> FastAPI:
         finally:
             await asyncio.get_running_loop().run_in_executor(None, service.stop)
 
-    app = FastAPI(title=f"sisa: {service.name}", version=__version__, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title=f"sisa: {service.name}", version=__version__, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     app.state.service = service
     rate = limits.RateLimit(per_second=serving.rate_per_second) if serving.rate_per_second else None
     door = doors.Door(lambda: service.stores.get().ledger, open_prediction=serving.open_prediction, rate=rate)
@@ -127,6 +129,7 @@ def create_app(serving: Serving) -> FastAPI:
     app.add_exception_handler(405, _answer_method)
     app.add_middleware(limits.BodyLimit, max_bytes=serving.max_bytes)
     app.add_middleware(limits.TimeLimit, max_seconds=serving.max_seconds)
+    app.add_middleware(inference.PlainErrors)
     app.add_middleware(logs.AccessLog, observe=service.metrics.observe)
     return app
 
@@ -268,9 +271,14 @@ async def _answer_method(request: Request, _: Exception) -> Response:
 async def answer_error(_: Request, error: Exception) -> Response:
     """A caller's mistake is 4xx, a store that can't answer now 503; ids are never repeated."""
     assert isinstance(error, SisaError)
-    message = unknown_ids(error) if isinstance(error, UnknownIdsError) else error.message
+    message, hint = error.message, error.hint or OVERVIEW
+    if isinstance(error, UnknownIdsError):
+        message, hint = (
+            unknown_ids(error),
+            'Check the ids, or send "ignore_missing": true to delete those that are there.',
+        )
     status = 404 if isinstance(error, UnknownIdsError) else 422 if isinstance(error, UserError) else 503
     headers = {"retry-after": "1"} if status == 503 else None
-    response = json_response(limits.error_body(message, error.hint), status=status)
+    response = json_response(limits.error_body(message, hint), status=status)
     response.headers.update(headers or {})
     return response

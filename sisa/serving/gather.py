@@ -3,57 +3,75 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sisa.ensemble.live import Answer
-from sisa.errors import SisaError
+from sisa.errors import SisaError, UserError
 from sisa.learners.columns import Columns
 
 MOST_ROWS = 64
 """Of one evaluation on the event loop."""
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    rows: Sequence[Any]
+    answer: asyncio.Future[Answer | None]
+
+
 class Gatherer:
     """Collects the rows of requests of one turn of the event loop, and has them answered at its end."""
 
-    def __init__(self, answer: Callable[[Columns], Answer | None]) -> None:
-        """Take who answers: without waiting, or with None if that isn't possible now."""
+    def __init__(self, read: Callable[[Sequence[Any]], Columns], answer: Callable[[Columns], Answer | None]) -> None:
+        """Take who reads rows and who answers: without waiting, or with None if that isn't possible now."""
+        self._read = read
         self._answer = answer
-        self._waiting: list[tuple[Columns, asyncio.Future[Answer | None]]] = []
+        self._waiting: list[_Waiting] = []
 
-    async def answer(self, columns: Columns) -> Answer | None:
+    async def answer(self, rows: Sequence[Any]) -> Answer | None:
         """Return the scores of some rows, or None if nobody can answer at once.
 
         Raises:
+            UserError: A row isn't what the recipe says it is.
             NoConstituentError: No clean constituent is left.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer | None] = loop.create_future()
+        waiting = _Waiting(rows, loop.create_future())
         if not self._waiting:
             loop.call_soon(self._flush)
-        self._waiting.append((columns, future))
-        return await future
+        self._waiting.append(waiting)
+        return await waiting.answer
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        while waiting:
-            part, rows = 0, 0
-            while part < len(waiting) and (not part or rows + waiting[part][0].count <= MOST_ROWS):
-                rows += waiting[part][0].count
-                part += 1
-            self._settle(waiting[:part])
-            waiting = waiting[part:]
+        asked, self._waiting = self._waiting, []
+        part: list[_Waiting] = []
+        for waiting in asked:
+            if part and sum(len(other.rows) for other in part) + len(waiting.rows) > MOST_ROWS:
+                self._settle(part)
+                part = []
+            part.append(waiting)
+        self._settle(part)
 
-    def _settle(self, asked: list[tuple[Columns, asyncio.Future[Answer | None]]]) -> None:
+    def _settle(self, asked: list[_Waiting]) -> None:
         try:
-            whole = self._answer(Columns.concatenate([columns for columns, _ in asked]))
+            whole = self._answer(self._read([row for waiting in asked for row in waiting.rows]))
+        except UserError as error:
+            if len(asked) > 1:  # somebody else's mistake: each for itself, and positions are right then
+                for waiting in asked:
+                    self._settle([waiting])
+            elif not asked[0].answer.done():
+                asked[0].answer.set_exception(error)
+            return
         except (SisaError, ValueError, RuntimeError) as error:
-            for _, future in asked:
-                if not future.done():
-                    future.set_exception(error)
+            for waiting in asked:
+                if not waiting.answer.done():
+                    waiting.answer.set_exception(error)
             return
         start = 0
-        for columns, future in asked:
-            if not future.done():
-                future.set_result(whole.rows(start, start + columns.count) if whole is not None else None)
-            start += columns.count
+        for waiting in asked:
+            end = start + len(waiting.rows)
+            if not waiting.answer.done():  # else its client left
+                waiting.answer.set_result(whole.rows(start, end) if whole is not None else None)
+            start = end

@@ -1,14 +1,18 @@
 """Open Inference Protocol v2 (KServe/Triton's HTTP protocol), in JSON: one input tensor for each feature.
 
 https://github.com/kserve/open-inference-protocol
+
+Its clients expect an error to be a text, where the rest of this API has an object with a message and a hint.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sisa.learners.columns import feature_specs
 from sisa.recipe import Recipe
@@ -22,6 +26,44 @@ OUTPUT_FIELDS = {"name": "text", "parameters": "object"}
 OUTPUTS = ("prediction", "scores", "version")
 NAMED = "The model's metadata list its inputs and outputs."
 NUMBERS = ("FP64", "FP32", "FP16", "INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8", "BOOL")
+
+
+class PlainErrors:
+    """Puts message and hint of every error below ``/v2`` into one text, whoever made the error."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request (ASGI)."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v2/"):
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+        content = b""
+
+        async def plain(message: Message) -> None:
+            nonlocal start, content
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                content += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_plain(send, start, content)
+
+        await self._app(scope, receive, plain)
+
+
+async def _send_plain(send: Send, start: Message, content: bytes) -> None:
+    told = json.loads(content)
+    if "error" in told:
+        error = told["error"]
+        content = json.dumps({"error": " ".join(filter(None, [f"{error['message']}.", error["hint"]]))}).encode()
+    headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
+    await send({**start, "headers": [*headers, (b"content-length", str(len(content)).encode())]})
+    await send({"type": "http.response.body", "body": content})
 
 
 def model_metadata(name: str, recipe: Recipe, *, version: int) -> dict[str, Any]:
@@ -80,7 +122,7 @@ async def infer(request: Request, name: str, predictions: Predictions, *, wanted
     _check_parameters(body, "the body")
     found = {"model_name": name, **_id(body)}
     rows = _rows(inputs, predictions)
-    answered = await predictions.answer(await predictions.columns(rows))
+    answered = await predictions.answer(rows)
     check_version(wanted, answered.answer.version)
     found["model_version"] = str(answered.answer.version)
     return json_response({**found, "outputs": _outputs(answered, outputs, predictions)})

@@ -96,7 +96,9 @@ class AccessLog:
         if self._observe is not None:
             self._observe(exchange)
         if ACCESS.isEnabledFor(logging.INFO):
-            ACCESS.info("request", extra={"fields": _fields(exchange)})
+            # Not ``info``, which looks for the caller's place in the code first.
+            fields = {"fields": _fields(exchange)}
+            ACCESS.handle(ACCESS.makeRecord(ACCESS.name, logging.INFO, "", 0, "request", (), None, extra=fields))
 
 
 def asked(scope: Scope) -> tuple[str, str]:

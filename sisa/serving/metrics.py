@@ -94,6 +94,7 @@ class Metrics:
             registry=self.registry,
         )
         self._known: dict[tuple[str, str, int], Histogram] = {}
+        self._paths: dict[str, tuple[Counter, Counter]] = {}
         self.registry.register(_Standing(facts_of))
 
     def observe(self, exchange: Exchange) -> None:
@@ -106,8 +107,11 @@ class Metrics:
 
     def answered(self, path: str, *, rows: int) -> None:
         """Count an answer: ``path`` is how the ensemble computed it, one of a handful of words."""
-        self._answers.labels(path).inc()
-        self._rows.labels(path).inc(rows)
+        if path not in self._paths:
+            self._paths[path] = (self._answers.labels(path), self._rows.labels(path))
+        answers, answered_rows = self._paths[path]
+        answers.inc()
+        answered_rows.inc(rows)
 
     def text(self) -> bytes:
         """Return the exposition, of type ``CONTENT_TYPE``."""

@@ -22,17 +22,32 @@ STOP_S = 20.0
 class Repairer:
     """Runs ``sisa repair`` whenever a deletion is open, one at a time; the store's own lock keeps others apart."""
 
-    def __init__(self, layout: Layout, *, executor: str = "auto", address: str | None = None) -> None:
+    def __init__(
+        self, layout: Layout, *, executor: str = "auto", address: str | None = None, look_every_s: float | None = None
+    ) -> None:
+        """Do nothing yet.
+
+        Args:
+            layout: Where the store is.
+            executor: Where chains are trained, as ``sisa repair`` takes it.
+            address: A running Ray cluster.
+            look_every_s: How often to look for deletions that other processes accepted; by default one has to be told.
+        """
         self._layout = layout
         self._words = ["--executor", executor, *(["--address", address] if address else [])]
+        self._look_every_s = look_every_s
         self._wanted = threading.Event()
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._run, name="sisa-repairs", daemon=True)
+        self._starting = threading.Lock()
+        """Held while a process is started or told to stop, so that none is started after that."""
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Go on with what is open."""
+        self._stopping.clear()
         self._wanted.set()
+        self._thread = threading.Thread(target=self._run, name="sisa-repairs", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -41,34 +56,51 @@ class Repairer:
 
     def stop(self) -> None:
         """Stop; a repair that runs is interrupted, and goes on with the next start."""
-        self._stopping.set()
+        with self._starting:
+            self._stopping.set()
+            process = self._process
         self._wanted.set()
-        process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _run(self) -> None:
         stores = ThreadStores(self._layout)
+        left: frozenset[str] = frozenset()
         while not self._stopping.is_set():
-            self._wanted.wait()
+            told = self._wanted.wait(self._look_every_s)
             self._wanted.clear()
-            try:
-                is_due = bool(stores.get().ledger.requests.open())
-            except SisaError:
-                is_due = True
-            while is_due and not self._stopping.is_set() and not self._repair():
-                self._stopping.wait(RETRY_S)
+            due = self._open_requests(stores)
+            if due and (told or not due <= left):
+                while not self._stopping.is_set() and not self._repair():
+                    self._stopping.wait(RETRY_S)
+                left = due & self._open_requests(stores)  # a success leaves some: before the first training has ended
+
+    def _open_requests(self, stores: ThreadStores) -> frozenset[str]:
+        """Return the ids of what is open; a ledger that can't be read is worth a repair that says so."""
+        try:
+            return frozenset(request.id for request in stores.get().ledger.requests.open())
+        except SisaError:
+            return frozenset({"unknown"})
 
     def _repair(self) -> bool:
         command = [sys.executable, "-m", "sisa", "repair", "--store", str(self._layout.root), "--json", *self._words]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with self._starting:
+            if self._stopping.is_set():
+                return False
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+            except OSError as error:
+                LOG.error("a repair can't be started: %s", error.strerror)  # noqa: TRY400 - its trace says no more
+                return False
         code = self._process.wait()
         if code and not self._stopping.is_set():
             LOG.error("a repair ended with exit code %s: run `sisa repair` to see why", code)

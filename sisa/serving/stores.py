@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from sisa.errors import StoreError, UserError
 from sisa.layout import Layout
 from sisa.opening import OpenStore, open_store
 
@@ -23,5 +24,8 @@ class ThreadStores:
         """
         opened: OpenStore | None = getattr(self._local, "opened", None)
         if opened is None:
-            opened = self._local.opened = open_store(self.layout)
+            try:
+                opened = self._local.opened = open_store(self.layout)
+            except UserError as error:  # it was there when the server started: not the client's mistake
+                raise StoreError("the store is gone", hint="The operator has to bring it back.") from error
         return opened
