@@ -793,7 +793,7 @@ function showReplicas(state) {
     (replica) => el("li", {}, el("span", { class: "mono" }, replica.id), el("span", { class: "replica-version" }), el("span")),
     (node, replica) => {
       const [, version, confirmed] = node.children;
-      put(version, `v${replica.version}${replica.version === state.version ? "" : ", behind"}`);
+      put(version, replica.version > 0 || !replica.confirmed ? `v${replica.version} or newer` : "live");
       put(confirmed, replica.confirmed ? "✓ confirmed" : "○ not confirmed");
       setClass(confirmed, replica.confirmed ? "confirmed" : "unconfirmed");
     },
