@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from hypothesis import settings
@@ -19,3 +20,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+# Started in the background a shell has SIGINT ignored, and so has everything below it: Ctrl-C couldn't be tried there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
