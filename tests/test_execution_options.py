@@ -48,7 +48,7 @@ def test_ray_client_is_refused_here_and_where_chains_run(listening):
     message = "Ray Client is not supported yet; expected host:port or auto"
     with pytest.raises(UserError, match=message):
         Execution(address=address).check()
-    with pytest.raises(UserError, match=message), cluster._connected(address, cores=1):
+    with pytest.raises(UserError, match=message), cluster.connected(address, cores=1):
         pass
 
 

@@ -116,7 +116,7 @@ def session():
         subprocess.Popen(["bash", "-c", f"exec -a {name} sleep 600"]) for name in ("raylet", "gcs_server", "ray::IDLE")
     ]
     try:
-        with cluster._connected(None, cores=2):
+        with cluster.connected(None, cores=2):
             patch.undo()
             (folder,) = [path for path in made if path.name.startswith("sisa-ray-")]
             yield folder

@@ -11,7 +11,6 @@ import random
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -22,7 +21,7 @@ import pytest
 from sisa.deletion import confirm
 from sisa.ledger import Ledger, Member, View
 from sisa.serving import replica as replicas
-from sisa.serving.replica import NotServingError, Replica, wait_until_serving
+from sisa.serving.replica import NotServingError, Replica
 
 
 @pytest.fixture
@@ -119,7 +118,9 @@ def test_with_nobody_there_nothing_is_waited_for(ledger: Ledger, monkeypatch: py
 
 LEASE_S = 2.0
 STEPS = 8000
-SEEDS = 40
+SEEDS = 50
+MOST_SEEDS = 400
+"""After so many plays a broken rule must have been found: each of those below is in one play of thirty, or more often."""
 TRACED = {confirm.__file__, replicas.__file__}
 
 
@@ -170,8 +171,11 @@ class Play:
         self.answers = 0
         self.deletions = 0
         self.violations: list[str] = []
+        self.servers: list[tuple[Replica, str]] = []
+        self.looking_at = ""
         self.step = self.steps = 0
-        self.frozen: dict[str, int] = {}
+        self.frozen: dict[str | Actor, int] = {}
+        """Until which step threads and whole processes stand still."""
         self.stay = self.random.choice([0.5, 0.9, 0.98])
         self.haste = self.random.choice([0.001, 0.004, 0.01])
         self.closely = self.random.random() < 0.3
@@ -182,27 +186,39 @@ class Play:
     def pause(self) -> None:
         """End the step of the actor that calls; it may be the next one, too."""
         actor = getattr(self.own, "actor", None)
+        self._look_around()
         if actor is not None and not self._goes_on(actor):
             self.back.release()
             actor.turn.acquire()
         if self.over:
             raise OverError
 
+    def _look_around(self) -> None:
+        """See whether somebody who asked at this moment would get an answer that is too old."""
+        for server, process in self.servers:
+            bound = server._bound
+            if bound is not None and bound.loaded.version < self.acknowledged:
+                self.looking_at = process
+                if server._may_answer(bound):
+                    self.violations.append(f"{process} would answer from before {self.acknowledged}")
+        self.looking_at = ""
+
     def _goes_on(self, actor: Actor) -> bool:
         """Let a step's time pass and draw whether the same actor takes the next one."""
         draw = self.random
         self.step += 1
         if draw.random() < self.haste:
-            self.clock_s += draw.choice([0.02, 0.1, 0.5, 1.1]) * LEASE_S
-        if draw.random() < 0.001:
-            self.frozen[draw.choice(self.actors).process] = self.step + draw.randrange(800)
+            self.clock_s += draw.choice([0.1, 0.3, 0.5, 0.7]) * LEASE_S
+        if draw.random() < 0.002:
+            some = draw.choice(self.actors)
+            self.frozen[draw.choice([some, some.process])] = self.step + draw.randrange(1000)
         return draw.random() < self.stay and not self._is_frozen(actor) and self.step < self.steps
 
     def _is_frozen(self, actor: Actor) -> bool:
-        return self.frozen.get(actor.process, 0) > self.step
+        return max(self.frozen.get(actor, 0), self.frozen.get(actor.process, 0)) > self.step
 
     def traced(self, frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in TRACED:
+        if self.looking_at or frame.f_code.co_filename not in TRACED:
             return None
         if self.closely and frame.f_code.co_name == "_may_answer":
             frame.f_trace_opcodes = True
@@ -212,8 +228,8 @@ class Play:
 
     def elapsed_s(self) -> float:
         """What the clock of the calling process shows: they have nothing in common but their speed."""
-        actor = getattr(self.own, "actor", None)
-        return self.clock_s + (10_000.0 * len(actor.process) if actor is not None else 0.0)
+        process = self.looking_at or (self.own.actor.process if hasattr(self.own, "actor") else "")
+        return self.clock_s + 10_000.0 * len(process)
 
     def open_ledger(self) -> Ledger:
         return Ledger.open(self.path)
@@ -311,6 +327,7 @@ def stage(play: Play, monkeypatch: pytest.MonkeyPatch, kind: type[Replica]) -> N
         server = kind(SimpleNamespace(ledger=play.path), lease_s=LEASE_S)
         server._stopping, server._changed = Flag(play), Turnstile(play)  # type: ignore[assignment]
         process = "server" + "'" * number
+        play.servers.append((server, process))
         play.enter(process, server._keep_lease, weight=4)
         play.enter(process, server._keep_loaded, weight=2)
         play.enter(process, lambda server=server: client(play, server), weight=4)
@@ -362,13 +379,15 @@ def stop(play: Play, server: Replica) -> None:
     server.stop()
 
 
-def play_all(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kind: type[Replica] = Replica) -> Iterator[Play]:
+def play_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, seeds: int, kind: type[Replica] = Replica
+) -> Iterator[Play]:
     """Plays of one seed after the other."""
     template = folder / "template.db"
     ledger = Ledger.create(template)
     ledger.versions.publish([Member(0, 1, "a", "p")], cause="train")
     ledger.close()
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         path = folder / f"{seed}.db"
         shutil.copy(template, path)
         play = Play(seed, path)
@@ -378,17 +397,16 @@ def play_all(folder: Path, monkeypatch: pytest.MonkeyPatch, *, kind: type[Replic
         yield play
 
 
+@pytest.mark.parametrize("seeds", [SEEDS, pytest.param(40 * SEEDS, marks=pytest.mark.slow)])
 def test_no_answer_is_older_than_what_was_acknowledged_before_its_question(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = deletions = 0
-    for play in play_all(tmp_path, monkeypatch):
+    for play in play_all(tmp_path, monkeypatch, seeds=seeds):
         assert play.violations == []
         answers += play.answers
         deletions += play.deletions
-    print(answers, deletions)
-    assert answers > 5 * SEEDS
-    assert deletions > 5 * SEEDS
+    assert min(answers, deletions) > seeds
 
 
 class CountsFromTheReading(Replica):
@@ -439,16 +457,16 @@ class LeavesWithALease(Replica):
 def test_the_play_finds_a_replica_that_breaks_a_rule(
     kind: type[Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert any(play.violations for play in play_all(tmp_path, monkeypatch, kind=kind))
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch, seeds=MOST_SEEDS, kind=kind))
 
 
 def test_the_play_finds_a_lease_in_spite_of_a_quarantine_to_confirm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(View, "renews", property(lambda view: view.confirmed is not None))
-    assert any(play.violations for play in play_all(tmp_path, monkeypatch))
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch, seeds=MOST_SEEDS))
 
 
 def test_the_play_finds_an_impatient_acceptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confirm, "MARGIN", 0.4)
-    assert any(play.violations for play in play_all(tmp_path, monkeypatch))
+    assert any(play.violations for play in play_all(tmp_path, monkeypatch, seeds=MOST_SEEDS))

@@ -27,6 +27,8 @@ from sisa.errors import UserError
     "--tls-certificate", type=click.Path(), metavar="FILE", help="PEM; with --tls-key the server speaks HTTPS."
 )
 @click.option("--tls-key", type=click.Path(), metavar="FILE", help="PEM, the certificate's private key.")
+@click.option("--replicas", type=click.IntRange(1), metavar="N", help="Answer from N processes, behind Ray Serve.")
+@click.option("--address", metavar="RAY", help="With --replicas: a running Ray cluster, e.g. head:6379 or auto.")
 def serve(
     store: str,
     host: str,
@@ -40,6 +42,8 @@ def serve(
     max_seconds: float,
     tls_certificate: str | None,
     tls_key: str | None,
+    replicas: int | None,
+    address: str | None,
 ) -> None:
     r"""Serve predictions, deletions and the operator's page over HTTP.
 
@@ -51,28 +55,34 @@ def serve(
     Examples:
       sisa token create --store runs/adult --scope predict,delete,read
       sisa serve --store runs/adult
+      sisa serve --store runs/adult --replicas 4
       curl -H "Authorization: Bearer $TOKEN" -d '{"rows": [{"age": 41}]}' \
            -H "Content-Type: application/json" http://127.0.0.1:8080/predict
     """
     from sisa.layout import Layout
     from sisa.serving.app import Serving
-    from sisa.serving.server import run
 
     if bool(tls_certificate) != bool(tls_key):
         raise UserError("--tls-certificate and --tls-key belong together", hint="Give both, or neither.")
+    if address is not None and replicas is None:
+        raise UserError("--address is for --replicas", hint="Without --replicas this process answers by itself.")
     sys.path.insert(0, str(Path.cwd()))
-    run(
-        Serving(
-            layout=Layout.at(store),
-            lease_s=lease_s,
-            open_prediction=open_prediction,
-            repairs=not no_repair,
-            rate_per_second=rate,
-            max_rows=max_rows,
-            max_bytes=max_megabytes * 2**20,
-            max_seconds=max_seconds,
-        ),
-        host=host,
-        port=port,
-        tls=(tls_certificate, tls_key) if tls_certificate and tls_key else None,
+    serving = Serving(
+        layout=Layout.at(store),
+        lease_s=lease_s,
+        open_prediction=open_prediction,
+        repairs=not no_repair,
+        rate_per_second=rate,
+        max_rows=max_rows,
+        max_bytes=max_megabytes * 2**20,
+        max_seconds=max_seconds,
     )
+    tls = (tls_certificate, tls_key) if tls_certificate and tls_key else None
+    if replicas is None:
+        from sisa.serving.server import run
+
+        run(serving, host=host, port=port, tls=tls)
+    else:
+        from sisa.serving.rayserve import run as run_replicas
+
+        run_replicas(serving, replicas=replicas, host=host, port=port, address=address, tls=tls)

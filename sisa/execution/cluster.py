@@ -49,7 +49,7 @@ def run_on_ray(
     """
     threads = max((task.recipe.training.threads for task in tasks), default=1)
     gpus = 1 if any(task.recipe.training.device == "cuda" for task in tasks) else 0
-    with _connected(address, cores=workers * threads) as ray:
+    with connected(address, cores=workers * threads) as ray:
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, num_returns="streaming")(_chain_events)
         waiting = [(task, 1) for task in tasks]
         running: dict[Any, tuple[ChainTask, int]] = {}
@@ -163,7 +163,7 @@ def _import_paths() -> list[str]:
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, *, cores: int) -> Iterator[Any]:
+def connected(address: str | None, *, cores: int) -> Iterator[Any]:
     """Yield Ray, connected; a cluster that we started is stopped and its files are removed.
 
     Raises:

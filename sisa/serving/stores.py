@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 from sisa.errors import StoreError, UserError
 from sisa.layout import Layout
@@ -17,15 +18,32 @@ class ThreadStores:
         self._local = threading.local()
 
     def get(self) -> OpenStore:
-        """Return this thread's open store.
+        """Return this thread's open store; opened again if the ledger was replaced: on the old file a write is lost.
 
         Raises:
             StoreError: It can't be opened.
         """
         opened: OpenStore | None = getattr(self._local, "opened", None)
-        if opened is None:
-            try:
-                opened = self._local.opened = open_store(self.layout)
-            except UserError as error:  # it was there when the server started: not the client's mistake
-                raise StoreError("the store is gone", hint="The operator has to bring it back.") from error
+        file = _file_at(self.layout.ledger)
+        if opened is not None and self._local.file == file:
+            return opened
+        if opened is not None:
+            opened.ledger.close()
+            del self._local.opened
+        try:
+            opened = open_store(self.layout)
+        except UserError as error:  # it was there when the server started: not the client's mistake
+            raise StoreError("the store is gone", hint="The operator has to bring it back.") from error
+        if _file_at(self.layout.ledger) != file:
+            opened.ledger.close()
+            raise StoreError("the store's ledger is being replaced", hint="Try again.")
+        self._local.opened, self._local.file = opened, file
         return opened
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
