@@ -220,9 +220,13 @@ def main() -> None:
         return
     print(f"Requests per second, one row, {CONNECTIONS} connections, 20 constituents, with a token\n")
     print(f"  POST /predict              {asked['sisa']:>8.0f}")
-    print(f"  empty route, body: dict    {asked['declared']:>8.0f}   ratio {asked['ratio_to_declared']:.2f} (wanted: 0.70)")
+    print(
+        f"  empty route, body: dict    {asked['declared']:>8.0f}   ratio {asked['ratio_to_declared']:.2f} (wanted: 0.70)"
+    )
     print(f"  empty route, bare request  {asked['bare']:>8.0f}   ratio {asked['ratio_to_bare']:.2f}")
-    print(f"\nAcknowledgement of {acked['deletions']} deletions: p50 {acked['p50_ms']} ms, p99 {acked['p99_ms']} ms (wanted: 100 ms)")
+    print(
+        f"\nAcknowledgement of {acked['deletions']} deletions: p50 {acked['p50_ms']} ms, p99 {acked['p99_ms']} ms (wanted: 100 ms)"
+    )
     print(f"with a dead replica: {acked['dead_replica_s']} s (lease {acked['lease_s']} s)\n\n{_machine.one_line()}")
 
 
