@@ -421,12 +421,25 @@ def check_members(store: Path, deletions: Sequence[Acknowledged]) -> None:
     opened = sisa.open_store(store).opened
     versions = {number: opened.ledger.versions.get(number) for number, _, _ in opened.ledger.versions.all()}
     repaired = {r.version_quarantine: r.version_after for r in opened.ledger.requests.all()}
+    names = {r.version_quarantine: r.id for r in opened.ledger.requests.all()}
+    events = opened.ledger.events()
+    accepted = {e["request"]: e["number"] for e in events if e["kind"] == "request_accepted"}
+    published = {e["version"]: e["number"] for e in events if e["kind"] == "version_published"}
+    trained = [(e["shard"], e["stage"], e["number"]) for e in events if e["kind"] == "stage_trained"]
+
+    def is_new(shard: int, stage: int, deletion: Acknowledged, number: int) -> bool:
+        """Whether a stage that a version serves was trained between the acceptance and the version."""
+        begin, end = accepted[names[deletion.version]], published[number]
+        return any((shard, stage) == (k, r) and begin < at < end for k, r, at in trained)
+
     for deletion in deletions:
         shard, slice_ = opened.router.route_one(deletion.person)
         after = repaired[deletion.version]
         for number in range(deletion.version, len(versions) + 1 if after is None else after):
             (member,) = [member for member in versions[number].members if member.shard == shard]
-            assert member.stage < slice_, f"{deletion} is served from stage {member.stage} in version {number}"
+            # What was retrained is served even while another deletion keeps the repair from its end.
+            fresh = all(is_new(shard, stage, deletion, number) for stage in range(slice_, member.stage + 1))
+            assert fresh, f"{deletion} is served from stage {member.stage} in version {number}"
     opened.ledger.close()
 
 
