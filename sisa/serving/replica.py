@@ -37,6 +37,7 @@ from sisa.layout import Layout
 from sisa.learners.columns import Columns
 from sisa.ledger import View
 from sisa.opening import OpenStore, open_store
+from sisa.serving.stores import ledger_file
 
 LOG = logging.getLogger("sisa.replica")
 LEASE_S = 2.0
@@ -328,7 +329,7 @@ class _Watched:
         Raises:
             SisaError: It can't be opened now.
         """
-        file = _file_there(layout)
+        file = ledger_file(layout)
         store = open_store(layout)
         with _closed_on_failure(store):
             store.ledger.database.rows(f"PRAGMA busy_timeout = {BUSY_MS}")
@@ -343,21 +344,12 @@ class _Watched:
             StoreError: There is no ledger. The one that is open may come back.
             DamagedError: Another file is in its place.
         """
-        if _file_there(self.store.layout) != self.file:
+        if ledger_file(self.store.layout) != self.file:
             raise DamagedError("the store's ledger was replaced")
 
     def close(self) -> None:
         """Close it."""
         self.store.ledger.close()
-
-
-def _file_there(layout: Layout) -> tuple[int, int]:
-    """Say which file the ledger's path names. It is not opened: closing it would drop SQLite's locks."""
-    try:
-        found = layout.ledger.stat()
-    except OSError as error:
-        raise StoreError(f"the store's ledger ({layout.ledger.name}) can't be found: {error.strerror}") from error
-    return found.st_dev, found.st_ino
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 from sisa.errors import StoreError, UserError
 from sisa.layout import Layout
@@ -24,7 +23,7 @@ class ThreadStores:
             StoreError: It can't be opened.
         """
         opened: OpenStore | None = getattr(self._local, "opened", None)
-        file = _file_at(self.layout.ledger)
+        file = ledger_file(self.layout)
         if opened is not None and self._local.file == file:
             return opened
         if opened is not None:
@@ -34,16 +33,21 @@ class ThreadStores:
             opened = open_store(self.layout)
         except UserError as error:  # it was there when the server started: not the client's mistake
             raise StoreError("the store is gone", hint="The operator has to bring it back.") from error
-        if _file_at(self.layout.ledger) != file:
+        if ledger_file(self.layout) != file:
             opened.ledger.close()
             raise StoreError("the store's ledger is being replaced", hint="Try again.")
         self._local.opened, self._local.file = opened, file
         return opened
 
 
-def _file_at(path: Path) -> tuple[int, int] | None:
+def ledger_file(layout: Layout) -> tuple[int, int]:
+    """Say which file the ledger's path names. It is not opened: closing it would drop SQLite's locks.
+
+    Raises:
+        StoreError: There is none.
+    """
     try:
-        found = path.stat()
-    except OSError:
-        return None
+        found = layout.ledger.stat()
+    except OSError as error:
+        raise StoreError(f"the store's ledger ({layout.ledger.name}) can't be found: {error.strerror}") from error
     return found.st_dev, found.st_ino

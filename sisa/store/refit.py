@@ -7,7 +7,6 @@ make a new version: the answers of one version never change.
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 
 from sisa.ensemble.fitting import fit
@@ -62,6 +61,4 @@ def calibration_rows(recipe: Recipe) -> Columns:
         batches.append(encode_with(batch, recipe, nobody, nobody))
     if not batches:
         raise UserError(f"{FIELD}: the table {spec.table!r} has no rows", hint="Give some hundred labelled rows.")
-    columns = columns_from_table(pa.Table.from_batches(batches).combine_chunks(), recipe)
-    assert columns.labels_N.dtype == np.int64
-    return columns
+    return columns_from_table(pa.Table.from_batches(batches).combine_chunks(), recipe)
