@@ -8,7 +8,7 @@ again, not damage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,10 +47,6 @@ class Answer:
         return replace(self, scores_BC=self.scores_BC[start:end])
 
 
-Lookup = Callable[[tuple[str, ...]], Fitted | None]
-"""Finds the parameters that were fitted for exactly these members."""
-
-
 @dataclass(frozen=True)
 class Loaded:
     """One version with its constituents in memory. Answers without a look at the ledger: whoever asks has one.
@@ -84,20 +80,14 @@ class Loaded:
 class LiveEnsemble:
     """The constituents of the live version, loaded when they are first needed. For one thread, as its ledger is."""
 
-    def __init__(self, store: OpenStore, *, fitted: Lookup | None = None) -> None:
+    def __init__(self, store: OpenStore) -> None:
         """Load nothing yet.
-
-        Args:
-            store: An open store.
-            fitted: Where the parameters of a fitted aggregation are found, with the members that answer; by
-                default in the ledger. Where there are none for these members, such an aggregation is the mean.
 
         Raises:
             FootingError: The source of model.factory is another than at the training.
         """
         _check_model_source(store)
         self._store = store
-        self._lookup = fitted
         self._loaded: dict[Member, Constituent] = {}
         self._panel: Panel | None = None
 
@@ -149,9 +139,10 @@ class LiveEnsemble:
         if rule in PLAIN:
             return aggregator(rule)
         members = member_names(version)
-        return aggregator(rule, members=members, fitted=(self._lookup or self._in_ledger)(members))
+        return aggregator(rule, members=members, fitted=self._fitted(members))
 
-    def _in_ledger(self, members: tuple[str, ...]) -> Fitted | None:
+    def _fitted(self, members: tuple[str, ...]) -> Fitted | None:
+        """Return the parameters that were fitted for exactly these members; without any the rule is the mean."""
         text = self._store.ledger.versions.fit_of(members)
         try:
             return Fitted.from_json(text) if text is not None else None
