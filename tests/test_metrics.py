@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import subprocess
@@ -20,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from sisa.errors import DamagedError
 from sisa.ledger import STATES, Ledger, Partition, StageRow, Target
 from sisa.serving.doors import TOKEN_KEY
-from sisa.serving.logs import AccessLog, BrokenAnswerError, Exchange, JsonLines
+from sisa.serving.logs import AccessLines, AccessLog, BrokenAnswerError, Exchange, JsonLines
 from sisa.serving.metrics import CONTENT_TYPE, Facts, Metrics, read_facts
 
 SHARDS, SLICES = 3, 2
@@ -147,13 +148,13 @@ def test_facts_of_a_store_that_was_never_trained(tmp_path):
 # --- logs, in this process ---
 
 
-def served(app, method, path, **more):
+def served(app, method, path, *, lines=None, **more):
     """Ask through an access log; return the answer and what was observed."""
     seen = []
     if isinstance(app, FastAPI):
-        app.add_middleware(AccessLog, observe=seen.append)
+        app.add_middleware(AccessLog, observe=seen.append, lines=lines)
     else:
-        app = AccessLog(app, observe=seen.append)
+        app = AccessLog(app, observe=seen.append, lines=lines)
 
     async def ask():
         transport = httpx.ASGITransport(app)
@@ -179,13 +180,13 @@ def tiny():
     return app
 
 
-def test_an_access_line_has_its_fields_and_no_others(caplog):
-    with caplog.at_level(logging.INFO, logger="sisa.access"):
-        answer, seen = served(tiny(), "GET", "/people/alice?q=bob", headers={"User-Agent": "carol"})
+def test_an_access_line_has_its_fields_and_no_others():
+    stream = io.StringIO()
+    lines, headers = AccessLines(stream), {"User-Agent": "carol"}
+    answer, seen = served(tiny(), "GET", "/people/alice?q=bob", lines=lines, headers=headers)
     assert (seen.method, seen.route, seen.status, seen.sent_bytes) == ("GET", "/people/{person}", 200, 50)
     assert len(answer.content) == 50
-    (record,) = caplog.records
-    line = json.loads(JsonLines().format(record))
+    line = json.loads(stream.getvalue())
     assert line.keys() == {"time", "method", "route", "status", "milliseconds", "bytes", "token"}
     assert datetime.fromisoformat(line["time"]).tzinfo is not None
     assert (line["route"], line["status"], line["bytes"], line["token"]) == ("/people/{person}", 200, 50, "")
@@ -238,6 +239,21 @@ def test_the_token_is_named_by_its_id():
     assert served(behind_a_door, "GET", "/")[1].token == "0123456789abcdef"
 
 
+def test_requests_that_end_in_one_turn_each_have_a_line_and_a_log_that_is_gone_stops_nothing():
+    stream = io.StringIO()
+    lines = AccessLines(stream)
+
+    async def three():
+        for number in range(3):
+            lines.add(Exchange("GET", "/", 200 + number, 0.001, 1, ""))
+        await asyncio.sleep(0)
+
+    asyncio.run(three())
+    assert [json.loads(line)["status"] for line in stream.getvalue().splitlines()] == [200, 201, 202]
+    stream.close()
+    asyncio.run(three())
+
+
 def test_a_client_that_left_is_told_apart():
     seen = []
 
@@ -277,14 +293,14 @@ from starlette.responses import Response, StreamingResponse
 from sisa.ledger import Ledger
 from sisa.serving.doors import Door, answer_in_one_form, anyone
 from sisa.serving.limits import BodyLimit, TimeLimit
-from sisa.serving.logs import AccessLog, log_config
+from sisa.serving.logs import AccessLines, AccessLog, log_config
 
 ledger = Ledger.open(Path(sys.argv[1]))
 door = Door(lambda: ledger)
 app = FastAPI(openapi_url=None)
 app.add_middleware(BodyLimit, max_bytes=100_000)
 app.add_middleware(TimeLimit, max_seconds=20)
-app.add_middleware(AccessLog)
+app.add_middleware(AccessLog, lines=AccessLines(sys.stderr))
 answer_in_one_form(app)
 
 async def person(person: str): return Response("fine")

@@ -148,7 +148,8 @@ def test_rows_that_are_too_close_to_call_are_answered_by_the_reference():
 def test_one_close_vote_is_enough_for_the_reference():
     """The votes 2:1 stand, but who cast them may change with the last bit."""
     close = np.array([[[0.5 + 1e-9, 0.5 - 1e-9]], [[0.9, 0.1]], [[0.2, 0.8]]])
-    assert Vote().margins(close)[0] < stacked.UNCERTAIN < Mean().margins(close)[0]
+    vote, mean = (rule.with_margins(close)[1][0] for rule in (Vote(), Mean()))
+    assert vote < stacked.UNCERTAIN < mean
 
 
 def test_numbers_that_are_none_are_left_to_the_reference():
@@ -327,7 +328,9 @@ def test_no_label_changes_within_the_margin(rule, seed):
     parameters = tuple(np.random.default_rng(seed).dirichlet(np.ones(7)))
     names = tuple("abcdefg")
     one = aggregator(rule, members=names, fitted=Fitted(rule, parameters, names) if rule not in PLAIN else None)
-    margins, labels = one.margins(posteriors), one.scores(posteriors).argmax(1)
+    scores, margins = one.with_margins(posteriors)
+    labels = scores.argmax(1)
+    assert np.array_equal(scores, one.scores(posteriors))
     assert (margins > 0).any()
     for attempt in range(20):
         signs = np.random.default_rng(attempt).choice([-1.0, 1.0], logits.shape)

@@ -41,8 +41,8 @@ class Aggregator(Protocol):
         """Return scores_BC, rows summing to one."""
         ...
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return, for each row, how far every number before a softmax may move before the label can: (B,).
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return the scores and, for each row, how far every number before a softmax may move before the label can: (B,).
 
         Posteriors that were computed in another order of additions differ a little. Where they differ by less than
         the margin, the class with the highest score is the same. (If two numbers before a softmax move by at most d,
@@ -65,9 +65,10 @@ class Mean:
         """Return the mean over constituents."""
         return _mean(posteriors_SBC)
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the best class is ahead."""
-        return _lead(_mean(posteriors_SBC))
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the best class is ahead."""
+        scores_BC = self.scores(posteriors_SBC)
+        return scores_BC, _lead(scores_BC)
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,9 @@ class Vote:
         np.put_along_axis(votes_SBC, posteriors_SBC.argmax(axis=2)[:, :, None], 1.0, axis=2)
         return _mean(votes_SBC)
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the least decided constituent's best class is ahead: no vote changes before."""
-        smallest: Scores = _lead(posteriors_SBC).min(axis=0)
-        return smallest
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the least decided constituent's best class is ahead: no vote changes before."""
+        return self.scores(posteriors_SBC), _lead(posteriors_SBC).min(axis=0)
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ class TrimmedMean:
         """Return what is left, renormalised."""
         return _renormalised(self._trimmed(posteriors_SBC), posteriors_SBC)
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the best class is ahead before rows are renormalised."""
-        return _lead(self._trimmed(posteriors_SBC))
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the best class is ahead before rows are renormalised."""
+        trimmed_BC = self._trimmed(posteriors_SBC)
+        return _renormalised(trimmed_BC, posteriors_SBC), _lead(trimmed_BC)
 
     def _trimmed(self, posteriors_SBC: Scores) -> Scores:
         count = len(posteriors_SBC)
@@ -132,9 +133,10 @@ class Median:
         """Return medians, renormalised."""
         return _renormalised(np.median(posteriors_SBC, axis=0), posteriors_SBC)
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the best class is ahead before rows are renormalised."""
-        return _lead(np.median(posteriors_SBC, axis=0))
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the best class is ahead before rows are renormalised."""
+        median_BC = np.median(posteriors_SBC, axis=0)
+        return _renormalised(median_BC, posteriors_SBC), _lead(median_BC)
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,10 @@ class Calibrated:
         """Return the mean of the calibrated posteriors."""
         return _mean(calibrated(posteriors_SBC, np.array(self.temperatures)))
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the best class is ahead; a temperature below one makes small differences larger."""
-        return _lead(self.scores(posteriors_SBC)) * min(1.0, *self.temperatures)
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the best class is ahead; a temperature below one makes small differences larger."""
+        scores_BC = self.scores(posteriors_SBC)
+        return scores_BC, _lead(scores_BC) * min(1.0, *self.temperatures)
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,10 @@ class Weighted:
         """Return the weighted mean."""
         return np.tensordot(np.array(self.weights), posteriors_SBC, axes=1)
 
-    def margins(self, posteriors_SBC: Scores) -> Scores:
-        """Return how far the best class is ahead."""
-        return _lead(self.scores(posteriors_SBC))
+    def with_margins(self, posteriors_SBC: Scores) -> tuple[Scores, Scores]:
+        """Return scores, and how far the best class is ahead."""
+        scores_BC = self.scores(posteriors_SBC)
+        return scores_BC, _lead(scores_BC)
 
 
 PLAIN: dict[str, Callable[[], Aggregator]] = {

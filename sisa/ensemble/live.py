@@ -9,7 +9,7 @@ again, not damage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,10 +41,6 @@ class Answer:
     """How the constituents were evaluated; the label is the same on each path."""
     aggregation: str
     """The rule that was used: the mean where parameters aren't those of these constituents."""
-
-    def rows(self, start: int, end: int) -> Answer:
-        """Return the answer for some of the rows."""
-        return replace(self, scores_BC=self.scores_BC[start:end])
 
 
 @dataclass(frozen=True)

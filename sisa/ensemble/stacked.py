@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sisa.ensemble.aggregation import Aggregator, Scores
 from sisa.learners.columns import Columns
@@ -83,8 +84,9 @@ class Panel:
         proposed = self._proposed(columns)
         if proposed is not None:
             posteriors_SBC, drift_B, path = proposed
-            if bool((rule.margins(posteriors_SBC) > drift_B).all()):  # not so where something isn't a number
-                return rule.scores(posteriors_SBC), path
+            scores_BC, margins_B = rule.with_margins(posteriors_SBC)
+            if bool((margins_B > drift_B).all()):  # not so where something isn't a number
+                return scores_BC, path
         return rule.scores(self.posteriors(columns)), "sequential"
 
     def _proposed(self, columns: Columns) -> tuple[Scores, Scores, Path] | None:
@@ -123,14 +125,14 @@ class Panel:
     def _asked(self, group: _Group, columns: Columns) -> tuple[Scores, Scores] | None:
         """Return a group's posteriors (s, B, C) and how far they may be off (B,); None if it can't answer, ever."""
         try:
-            logits_SBC: Scores = group.stack.logits(columns).cpu().numpy().astype(np.float64)
-            posteriors_SBC = _softmax(logits_SBC)
+            logits_CSB = _classes_first(group.stack.logits(columns).cpu().numpy())
+            posteriors_SBC = _softmax(logits_CSB).transpose(1, 2, 0)
             if group.stack.path == "vmap" and group.places_s not in self._proved:
                 self._prove(group, columns, posteriors_SBC)
         except RefusedError:
             self._groups = [other for other in self._stacks() if other is not group]
             return None
-        size_B = np.abs(logits_SBC).max(axis=(0, 2))
+        size_B = np.abs(logits_CSB).max(axis=(0, 1))
         return posteriors_SBC, UNCERTAIN * np.maximum(1.0, size_B)
 
     def _prove(self, group: _Group, columns: Columns, posteriors_SBC: Scores) -> None:
@@ -172,12 +174,18 @@ def slower_together(together_s: float, alone_s: float) -> bool:
     return together_s > alone_s
 
 
-def _softmax(logits_SBC: Scores) -> Scores:
+def _classes_first(logits_SBC: npt.NDArray[np.float32]) -> Scores:
+    """Return double precision, in an order in which few classes don't make for short loops."""
+    logits_CSB: Scores = logits_SBC.transpose(2, 0, 1).astype(np.float64, order="C")
+    return logits_CSB
+
+
+def _softmax(logits_CSB: Scores) -> Scores:
     """Return probabilities. Not by torch, which wakes a second thread for a handful of numbers."""
     with np.errstate(invalid="ignore"):
-        powers_SBC: Scores = np.exp(logits_SBC - logits_SBC.max(axis=2, keepdims=True))
-    powers_SBC /= powers_SBC.sum(axis=2, keepdims=True)
-    return powers_SBC
+        powers_CSB: Scores = np.exp(logits_CSB - logits_CSB.max(axis=0))
+    powers_CSB /= powers_CSB.sum(axis=0)
+    return powers_CSB
 
 
 def _grouped(keys: Iterable[tuple[int, tuple[object, ...] | None]]) -> list[tuple[int, ...]]:

@@ -59,7 +59,7 @@ class Columns:
         others = [self.numeric_NP, self.uids_N, self.slices_N, *self.vectors, *(c.codes_N for c in self.categories)]
         if any(len(array) != count for array in others):
             raise ValueError(f"columns differ in length: {count} labels, {[len(array) for array in others]} others")
-        if count and bool((np.diff(self.slices_N) < 0).any()):
+        if bool((self.slices_N[1:] < self.slices_N[:-1]).any()):
             raise ValueError("records must come slice by slice, in ascending order")
 
     @classmethod

@@ -10,7 +10,8 @@ Shape suffixes: S constituents (1 where all see the same), B rows, P neighbourin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -43,12 +44,19 @@ class RowStack:
         self._width: int = ends[-1]
         self._kinds = first.kinds
         self._image_shape = first.image_shape
-        self._numeric_scale_S2P = np.stack([p.numeric_scale_2P for p in own])
-        self._vector_scale_S2V = np.stack([p.vector_scale_2V for p in own])
-        self._pixels = [_pixel_table(self._vector_scale_S2V[:, :, v]) for v in range(self._vector_scale_S2V.shape[2])]
-        self._codes = [_codes_of(vocabularies) for vocabularies in zip(*(p.vocabularies for p in own), strict=True)]
+        numeric_S2P, vector_S2V = (
+            np.stack([p.numeric_scale_2P for p in own]),
+            np.stack([p.vector_scale_2V for p in own]),
+        )
+        self._vocabularies = [_Vocabulary.of(texts) for texts in zip(*(p.vocabularies for p in own), strict=True)]
         self._every_S1 = np.arange(len(own))[:, None]
-        self._runs = _runs([start for kind, start in zip(self._kinds, self._starts, strict=True) if kind == "numeric"])
+        self._runs = [
+            (start, first, last, _Scale.of(numeric_S2P[:, :, first:last]))
+            for start, first, last in _runs(self._starts_of("numeric"))
+        ]
+        self._vector_scales = [_Scale.of(vector_S2V[:, :, v : v + 1]) for v in range(vector_S2V.shape[2])]
+        self._pixels = [_pixel_table(scale.scale_S2P[:, :, 0]) for scale in self._vector_scales]
+        self._starts_of_vectors, self._starts_of_categories = self._starts_of("vector"), self._starts_of("categorical")
         self.places = [self._places(p) for p in preprocessors]
         """For each constituent, where each element of its own row lies in the common one."""
 
@@ -59,37 +67,37 @@ class RowStack:
 
     def rows(self, columns: Columns) -> torch.Tensor:
         """Return X_SBD, float32; the pixels of an image channels last, as they come."""
-        make = torch.zeros if "categorical" in self._kinds else torch.empty
-        X_SBD = make((len(self._every_S1), columns.count, self._width), dtype=torch.float32, device="cpu")
-        out_SBD = X_SBD.numpy()
+        make = np.zeros if "categorical" in self._kinds else np.empty
+        out_SBD: Array = make((len(self._every_S1), columns.count, self._width), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             self._numbers(columns, out_SBD)
             self._vectors(columns, out_SBD)
         self._categories(columns, out_SBD)
-        return X_SBD
+        return torch.from_numpy(out_SBD)
 
     def _numbers(self, columns: Columns, out_SBD: Array) -> None:
-        for start, first, last in self._runs:
+        for start, first, last, scale in self._runs:
             values_BP = np.ascontiguousarray(columns.numeric_NP[:, first:last])
-            scale_S2P = self._numeric_scale_S2P[:, :, first:last]
-            _scale_into(values_BP, scale_S2P, out_SBD=out_SBD[:, :, start : start + last - first])
+            scale.write(values_BP, out_SBD[:, :, start : start + last - first])
 
     def _vectors(self, columns: Columns, out_SBD: Array) -> None:
-        places = [start for kind, start in zip(self._kinds, self._starts, strict=True) if kind == "vector"]
-        for index, (start, values) in enumerate(zip(places, columns.vectors, strict=True)):
+        for index, (start, values) in enumerate(zip(self._starts_of_vectors, columns.vectors, strict=True)):
             part_SBD = out_SBD[:, :, start : start + values.shape[1]]
             if values.dtype == np.uint8:
                 for table, part_BD in zip(self._pixels[index], part_SBD, strict=True):
                     part_BD[:] = table.take(values, mode="clip")
             else:
-                _scale_into(values, self._vector_scale_S2V[:, :, index : index + 1], out_SBD=part_SBD)
+                self._vector_scales[index].write(values, part_SBD)
 
     def _categories(self, columns: Columns, out_SBD: Array) -> None:
-        places = [start for kind, start in zip(self._kinds, self._starts, strict=True) if kind == "categorical"]
         rows_B = np.arange(columns.count)
-        for start, column, known in zip(places, columns.categories, self._codes, strict=True):
-            codes_SB = _codes(column, known, count=len(self._every_S1))
-            out_SBD[self._every_S1, rows_B, start + codes_SB] = 1.0
+        for start, column, vocabulary in zip(
+            self._starts_of_categories, columns.categories, self._vocabularies, strict=True
+        ):
+            out_SBD[self._every_S1, rows_B, start + vocabulary.codes(column)] = 1.0
+
+    def _starts_of(self, wanted: str) -> list[int]:
+        return [start for kind, start in zip(self._kinds, self._starts, strict=True) if kind == wanted]
 
     def _places(self, preprocessor: Preprocessor) -> Array:
         parts = [np.arange(s, s + w) for s, w in zip(self._starts, preprocessor.widths, strict=True)]
@@ -111,26 +119,38 @@ def _runs(starts: list[int]) -> list[tuple[int, int, int]]:
     return [(starts[first], first, last) for first, last in pairwise(breaks) if last > first]
 
 
-def _scale_into(values_BP: Array, scale_S2P: Array, *, out_SBD: Array) -> None:
-    """Write (x - mean) / std, computed in float64, for every constituent; 0 where that isn't a finite number."""
-    step = min(len(scale_S2P), max(1, BLOCK_ELEMENTS // max(1, values_BP.size)))
-    shape_BP = np.broadcast_shapes(values_BP.shape, scale_S2P.shape[2:])
-    block_SBP = np.empty((step, *shape_BP))
-    for start in range(0, len(scale_S2P), step):
-        scale_s2P = scale_S2P[start : start + step]
-        block_sBP = np.subtract(values_BP, scale_s2P[:, :1], out=block_SBP[: len(scale_s2P)], dtype=np.float64)
-        block_sBP /= scale_s2P[:, 1:]
-        out_SBD[start : start + step] = block_sBP
-    if not _surely_finite(values_BP, scale_S2P):
-        out_SBD[~np.isfinite(out_SBD)] = 0.0
+@dataclass(frozen=True)
+class _Scale:
+    """Means and standard deviations of a few elements with each constituent."""
 
+    scale_S2P: Array
+    largest_mean: float
+    smallest_std: float
 
-def _surely_finite(values_BP: Array, scale_S2P: Array) -> bool:
-    """Say whether no scaled value can be beyond float32, without looking at each of them."""
-    if not values_BP.size:
-        return True
-    largest = max(abs(float(values_BP.max())), abs(float(values_BP.min())))  # not a number if one isn't
-    return largest + float(np.abs(scale_S2P[:, 0]).max()) < FAR_FROM_OVERFLOW * float(scale_S2P[:, 1].min())
+    @classmethod
+    def of(cls, scale_S2P: Array) -> _Scale:
+        means, stds = scale_S2P[:, 0], scale_S2P[:, 1]
+        return cls(scale_S2P, float(np.abs(means).max(initial=0.0)), float(stds.min(initial=np.inf)))
+
+    def write(self, values_BP: Array, out_SBP: Array) -> None:
+        """Write (x - mean) / std, computed in float64, for every constituent; 0 where that isn't a finite number."""
+        scale_S2P = self.scale_S2P
+        step = min(len(scale_S2P), max(1, BLOCK_ELEMENTS // max(1, values_BP.size)))
+        block_SBP = np.empty((step, len(values_BP), out_SBP.shape[2]))
+        for start in range(0, len(scale_S2P), step):
+            scale_s2P = scale_S2P[start : start + step]
+            block_sBP = np.subtract(values_BP, scale_s2P[:, :1], out=block_SBP[: len(scale_s2P)], dtype=np.float64)
+            block_sBP /= scale_s2P[:, 1:]
+            out_SBP[start : start + step] = block_sBP
+        if not self._surely_finite(values_BP):
+            out_SBP[~np.isfinite(out_SBP)] = 0.0
+
+    def _surely_finite(self, values_BP: Array) -> bool:
+        """Say whether no scaled value can be beyond float32, without looking at each of them."""
+        if not values_BP.size:
+            return True
+        largest = max(abs(float(values_BP.max())), abs(float(values_BP.min())))  # not a number if one isn't
+        return largest + self.largest_mean < FAR_FROM_OVERFLOW * self.smallest_std
 
 
 def _pixel_table(scale_S2: Array) -> Array:
@@ -141,17 +161,29 @@ def _pixel_table(scale_S2: Array) -> Array:
     return table_SU
 
 
-def _codes_of(vocabularies: Sequence[Sequence[str]]) -> dict[str, Array]:
-    """Map each value of one feature to its code with every constituent: (S,)."""
-    found: dict[str, Array] = {}
-    for index, values in enumerate(vocabularies):
-        for code, value in enumerate(values, FIRST_CODE):
-            found.setdefault(value, np.full(len(vocabularies), UNKNOWN_CODE))[index] = code
-    return found
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The values of one categorical feature, and their codes with each constituent."""
 
+    lines: dict[str, int]
+    """Where in the table a value stands."""
+    codes_VS: Array
+    """The last two lines are those of unknown values and of missing ones."""
 
-def _codes(column: Categories, known: dict[str, Array], *, count: int) -> Array:
-    unknown_S, missing_S = np.full(count, UNKNOWN_CODE), np.full(count, MISSING_CODE)
-    table_VS = np.stack([*(known.get(value, unknown_S) for value in column.values), missing_S])
-    codes_SB: Array = table_VS[column.codes_N].T  # the code of a missing value, -1, picks the last
-    return codes_SB
+    @classmethod
+    def of(cls, vocabularies: Sequence[Sequence[str]]) -> _Vocabulary:
+        lines = {value: line for line, value in enumerate(dict.fromkeys(chain(*vocabularies)))}
+        codes_VS = np.full((len(lines) + 2, len(vocabularies)), UNKNOWN_CODE)
+        codes_VS[-1] = MISSING_CODE
+        for index, values in enumerate(vocabularies):
+            for code, value in enumerate(values, FIRST_CODE):
+                codes_VS[lines[value], index] = code
+        return cls(lines, codes_VS)
+
+    def codes(self, column: Categories) -> Array:
+        """Return codes_SB."""
+        unknown = len(self.lines)
+        lines = [self.lines.get(value, unknown) for value in column.values]
+        lines_V = np.array([*lines, unknown + 1])  # the code of a missing value, -1, picks the last
+        codes_SB: Array = self.codes_VS[lines_V[column.codes_N]].T
+        return codes_SB

@@ -54,12 +54,16 @@ class Token:
         return self.last_used_on == now()[:10]
 
 
+_Row = tuple[Token, bytes]
+"""A token, and the digest of its text."""
+
+
 class Tokens:
     """The table of tokens."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
-        self._rows: dict[str, sqlite3.Row | None] = {}
+        self._rows: dict[str, _Row | None] = {}
         self._counted = -1
         self._patient = True
 
@@ -99,13 +103,14 @@ class Tokens:
             return None
         self._wait(patiently=wait)
         row = self._row(form[1]) if wait else self._row_at_once(form[1])
-        right = hmac.compare_digest(_digest(text), bytes(row["digest"]) if row is not None else NOBODY)
-        return _token(row) if row is not None and right else None
+        right = hmac.compare_digest(_digest(text), row[1] if row is not None else NOBODY)
+        return row[0] if row is not None and right else None
 
-    def _row(self, identifier: str) -> sqlite3.Row | None:
-        return self._db.row("SELECT * FROM tokens WHERE id = ?", (identifier,))
+    def _row(self, identifier: str) -> _Row | None:
+        row = self._db.row("SELECT * FROM tokens WHERE id = ?", (identifier,))
+        return (_token(row), bytes(row["digest"])) if row is not None else None
 
-    def _row_at_once(self, identifier: str) -> sqlite3.Row | None:
+    def _row_at_once(self, identifier: str) -> _Row | None:
         """Return a row, remembered while no other connection has committed: SQLite counts that for us."""
         counted = self._db.row("PRAGMA data_version")
         if counted is None or counted[0] != self._counted or len(self._rows) >= REMEMBERED:
@@ -145,7 +150,7 @@ class Tokens:
             self._db.rows("DELETE FROM tokens WHERE id = ?", (wanted,))
             self._rows.clear()
             self._db.note("token_revoked", token=wanted)
-        return _token(row)
+        return row[0]
 
     def used(self, token: Token) -> None:
         """Remember that a token was used today; only the first use of a day writes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +15,8 @@ from sisa.learners.columns import Columns, columns_from_table
 from sisa.recipe import Recipe
 from sisa.records.features import feature_table
 from sisa.records.streams import write_stream
-from sisa.serving.bodies import arrow_table, content_type, json_object, only_known
-from sisa.serving.gather import MOST_ROWS, Gatherer
+from sisa.serving.bodies import arrow_table, content_type, json_object, only_known, whole_body
+from sisa.serving.gather import MOST_ROWS, Answered, Gatherer
 from sisa.serving.limits import Refused
 from sisa.serving.metrics import Metrics
 from sisa.serving.replica import Replica
@@ -25,24 +24,7 @@ from sisa.serving.rows import RowReader
 
 ARROW = "application/vnd.apache.arrow.stream"
 MAX_ROWS = 100_000
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An answer and its classes."""
-
-    answer: Answer
-    predictions: list[bool | int | str]
-
-    def as_dict(self) -> dict[str, object]:
-        """Return plain data, as ``/predict`` answers it."""
-        return {
-            "version": self.answer.version,
-            "path": self.answer.path,
-            "voters": self.answer.voters,
-            "predictions": self.predictions,
-            "scores": self.answer.scores_BC.tolist(),
-        }
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Predictions:
@@ -55,7 +37,7 @@ class Predictions:
         self.classes = list(recipe.data.classes or [])
         self.reader = RowReader(recipe)
         self._replica = replica
-        self._gatherer = Gatherer(self.reader.read, replica.answer_now)
+        self._gatherer = Gatherer(self.reader.read, self._answer_now)
         self._metrics = metrics
         self._max_rows = max_rows
         self._patience_s = patience_s
@@ -69,14 +51,14 @@ class Predictions:
             NotServingError: This replica may not answer now.
         """
         if content_type(request) == ARROW:
-            answer = await run_in_threadpool(self._answer_arrow, await request.body())
-            return arrow_response(self._answered(answer), self.classes)
+            answered = await run_in_threadpool(self._answer_arrow, await whole_body(request))
+            return arrow_response(answered, self.classes)
         body = await json_object(request)
         only_known(body, {"rows": "list of objects"}, what="the body")
         rows = body.get("rows")
         if not isinstance(rows, list):
             raise Refused(422, "rows: expected a list of objects", hint=f'For example {{"rows": [{self._example()}]}}.')
-        return json_response((await self.answer(rows)).as_dict())
+        return json_response(vars(await self.answer(rows)))
 
     def check_count(self, count: int) -> None:
         """Make sure that a request doesn't ask about too many rows.
@@ -98,22 +80,29 @@ class Predictions:
             NotServingError: This replica may not answer now.
         """
         self.check_count(len(rows))
-        answer = await self._gatherer.answer(rows) if len(rows) <= MOST_ROWS else None
-        if answer is None:
-            answer = await run_in_threadpool(lambda: self._wait_for(self.reader.read(rows)))
-        return self._answered(answer)
+        answered = await self._gatherer.answer(rows) if len(rows) <= MOST_ROWS else None
+        if answered is None:
+            answered = await run_in_threadpool(lambda: self._wait_for(self.reader.read(rows)))
+        self._metrics.answered(answered.path, rows=len(rows))
+        return answered
 
-    def _answer_arrow(self, content: bytes) -> Answer:
+    def _answer_arrow(self, content: bytes) -> Answered:
         table = arrow_table(content, self.recipe.data.features)
         self.check_count(table.num_rows)
-        return self._wait_for(columns_from_table(feature_table(table, self.recipe), self.recipe))
+        answered = self._wait_for(columns_from_table(feature_table(table, self.recipe), self.recipe))
+        self._metrics.answered(answered.path, rows=table.num_rows)
+        return answered
 
-    def _wait_for(self, columns: Columns) -> Answer:
-        return self._replica.answer(columns, patience_s=self._patience_s)
+    def _answer_now(self, columns: Columns) -> Answered | None:
+        answer = self._replica.answer_now(columns)
+        return self._plain(answer) if answer is not None else None
 
-    def _answered(self, answer: Answer) -> Answered:
-        self._metrics.answered(answer.path, rows=len(answer.scores_BC))
-        return Answered(answer, predicted_classes(answer.scores_BC, self.classes))
+    def _wait_for(self, columns: Columns) -> Answered:
+        return self._plain(self._replica.answer(columns, patience_s=self._patience_s))
+
+    def _plain(self, answer: Answer) -> Answered:
+        predictions = predicted_classes(answer.scores_BC, self.classes)
+        return Answered(answer.version, answer.path, answer.voters, predictions, answer.scores_BC.tolist())
 
     def _example(self) -> str:
         return "{" + ", ".join(f'"{name}": ...' for name in self.reader.names[:3]) + "}"
@@ -121,17 +110,14 @@ class Predictions:
 
 def json_response(content: object, *, status: int = 200) -> Response:
     """Return plain data as JSON."""
-    return Response(
-        json.dumps(content, ensure_ascii=False, separators=(",", ":")), status, media_type="application/json"
-    )
+    return Response(ENCODER.encode(content), status, media_type="application/json")
 
 
 def arrow_response(answered: Answered, classes: list[bool | int | str]) -> Response:
     """Return an Arrow stream with the columns ``prediction`` and ``scores``; the version is in the schema's metadata."""
-    answer = answered.answer
     schema = pa.schema(
         [("prediction", pa.array(classes).type), ("scores", pa.list_(pa.float64()))],
-        metadata={"version": str(answer.version), "path": answer.path, "voters": str(answer.voters)},
+        metadata={"version": str(answered.version), "path": answered.path, "voters": str(answered.voters)},
     )
-    table = pa.table([answered.predictions, answer.scores_BC.tolist()], schema=schema)
+    table = pa.table([answered.predictions, answered.scores], schema=schema)
     return Response(write_stream(table), media_type=ARROW)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastapi import Depends, FastAPI
 from starlette.concurrency import run_in_threadpool
@@ -94,8 +94,12 @@ class Service:
             self.repairer.stop()
 
 
-def create_app(serving: Serving) -> FastAPI:
+def create_app(serving: Serving, *, access: TextIO | None = None) -> FastAPI:
     """Make the application that serves a store.
+
+    Args:
+        serving: What is served, and how.
+        access: Where a line about each request is written; None for nowhere.
 
     Raises:
         UserError: There is no store.
@@ -130,7 +134,8 @@ def create_app(serving: Serving) -> FastAPI:
     app.add_middleware(limits.BodyLimit, max_bytes=serving.max_bytes)
     app.add_middleware(limits.TimeLimit, max_seconds=serving.max_seconds)
     app.add_middleware(inference.PlainErrors)
-    app.add_middleware(logs.AccessLog, observe=service.metrics.observe)
+    app.state.access = logs.AccessLines(access) if access is not None else None
+    app.add_middleware(logs.AccessLog, observe=service.metrics.observe, lines=app.state.access)
     return app
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from sisa.errors import SourceError
 from sisa.records.kinds import is_number
@@ -48,7 +48,7 @@ async def json_object(request: Request, *, unique: bool = False) -> dict[str, An
     kind = content_type(request)
     if kind not in {"application/json", ""}:
         raise Refused(415, "the body is not JSON", hint="Send it with content-type: application/json.")
-    content = await request.body()
+    content = await whole_body(request)
     found = (
         _parsed(content, unique) if len(content) <= INLINE_BYTES else await run_in_threadpool(_parsed, content, unique)
     )
@@ -60,7 +60,7 @@ async def json_object(request: Request, *, unique: bool = False) -> dict[str, An
 def _parsed(content: bytes, unique: bool) -> Any:
     try:
         text = content.decode("utf-8-sig")  # json would guess at UTF-16, and let halves of surrogates pass
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_each_once if unique else None)
+        return (UNIQUE if unique else PLAIN).decode(text)
     except (ValueError, RecursionError):
         raise Refused(400, NOT_JSON, hint="Check it with a JSON tool.") from None
 
@@ -76,9 +76,30 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+PLAIN = json.JSONDecoder(parse_constant=_no_constant)
+UNIQUE = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_each_once)
+
+
 def content_type(request: Request) -> str:
     """Return the body's media type, without parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    named = next((value for name, value in request.scope["headers"] if name == b"content-type"), b"")
+    return str(named, "latin-1").partition(";")[0].strip().lower()
+
+
+async def whole_body(request: Request) -> bytes:
+    """Read a request's body. Once: nothing keeps it.
+
+    Raises:
+        ClientDisconnect: The client left before its end.
+    """
+    parts = []
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def only_known(body: Mapping[str, Any], known: Mapping[str, str], *, what: str) -> None:

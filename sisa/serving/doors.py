@@ -2,17 +2,19 @@
 
 A door looks the token up in the ledger for each request, so that a revocation holds from the next one on, in every
 process. That is done on the event loop, where it takes microseconds; while another process commits, which SQLite would
-wait for, it is done in a worker thread. A door opens before anything else of the request is read. That takes two things which :meth:`Door.seal` checks:
-each route names its door (:func:`anyone` for those that need no token), and no route declares a body, because FastAPI
-would read and parse it before it asks the door. No answer and no log line repeats what came in a request.
+wait for, it is done in a worker thread.
+
+A door opens before anything else of the request is read. That takes two things which :meth:`Door.seal` checks: each
+route names its door (:func:`anyone` for those that need no token), and no route declares a body, because FastAPI would
+read and parse it before it asks the door. No answer and no log line repeats what came in a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -28,6 +30,7 @@ from sisa.serving.limits import RateLimit, Refused, error_body
 
 TOKEN_KEY = "sisa.token"  # noqa: S105 - a name
 """Under this key the ASGI scope of a request holds the id of its token, once the token was found good."""
+DAY_S = 86_400
 HINT = "Send the header `Authorization: Bearer TOKEN`; `sisa token create` makes one."
 
 Entrance = Callable[[Request], Awaitable[None]]
@@ -54,7 +57,7 @@ class Door:
         self._open_prediction = open_prediction
         self._rate = rate
         self._entrances: dict[Scope, Entrance] = {}
-        self._days: dict[str, str] = {}
+        self._days: dict[str, int] = {}
 
     def require(self, scope: Scope) -> Entrance:
         """Return the FastAPI dependency that lets in who may ``scope``: ``dependencies=[Depends(require("read"))]``."""
@@ -74,7 +77,7 @@ class Door:
             StoreError: The ledger can't be read; then nobody gets in.
         """
         is_open = scope == "predict" and self._open_prediction
-        text = bearer(request.headers.getlist("authorization"))
+        text = bearer([str(value, "latin-1") for name, value in request.scope["headers"] if name == b"authorization"])
         if text is None:
             if not is_open:
                 raise Refused(401, "this needs a token", hint=HINT, headers={"www-authenticate": "Bearer"})
@@ -92,10 +95,11 @@ class Door:
             token = self.identify(text, wait=False)
         except BusyError:
             token = await run_in_threadpool(self.identify, text)
-        today = datetime.now(UTC).date().isoformat()
-        if not token.used_today and self._days.get(token.id) != today:
+        today = int(time.time() // DAY_S)
+        if self._days.get(token.id) != today:
             self._days[token.id] = today  # tried once a day, and nobody waits for it
-            asyncio.get_running_loop().run_in_executor(None, self._remember_use, token)
+            if not token.used_today:
+                asyncio.get_running_loop().run_in_executor(None, self._remember_use, token)
         return token
 
     def _remember_use(self, token: Token) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sisa.ensemble.live import Answer
 from sisa.errors import SisaError, UserError
 from sisa.learners.columns import Columns
 
@@ -16,22 +15,41 @@ MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
+class Answered:
+    """An answer as plain data, all of it from one version."""
+
+    version: int
+    path: str
+    """How the constituents were evaluated; the label is the same on each path."""
+    voters: int
+    predictions: list[bool | int | str]
+    """B classes."""
+    scores: list[list[float]]
+    """B rows of one probability for each class."""
+
+    def rows(self, start: int, end: int) -> Answered:
+        """Return the answer for some of the rows."""
+        return Answered(self.version, self.path, self.voters, self.predictions[start:end], self.scores[start:end])
+
+
+@dataclass(frozen=True)
 class _Waiting:
     rows: Sequence[Any]
-    answer: asyncio.Future[Answer | None]
+    answer: asyncio.Future[Answered | None]
 
 
 class Gatherer:
-    """Collects the rows of requests of one turn of the event loop, and has them answered at its end."""
+    """Collects the rows of requests that arrive together, and has them answered when no more come."""
 
-    def __init__(self, read: Callable[[Sequence[Any]], Columns], answer: Callable[[Columns], Answer | None]) -> None:
+    def __init__(self, read: Callable[[Sequence[Any]], Columns], answer: Callable[[Columns], Answered | None]) -> None:
         """Take who reads rows and who answers: without waiting, or with None if that isn't possible now."""
         self._read = read
         self._answer = answer
         self._waiting: list[_Waiting] = []
+        self._rows = self._seen = 0
 
-    async def answer(self, rows: Sequence[Any]) -> Answer | None:
-        """Return the scores of some rows, or None if nobody can answer at once.
+    async def answer(self, rows: Sequence[Any]) -> Answered | None:
+        """Return the answer for some rows, or None if nobody can answer at once.
 
         Raises:
             UserError: A row isn't what the recipe says it is.
@@ -40,18 +58,27 @@ class Gatherer:
         loop = asyncio.get_running_loop()
         waiting = _Waiting(rows, loop.create_future())
         if not self._waiting:
-            loop.call_soon(self._flush)
+            loop.call_soon(self._flush, loop)
         self._waiting.append(waiting)
+        self._rows += len(rows)
         return await waiting.answer
 
-    def _flush(self) -> None:
+    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer, unless this turn of the event loop brought more: then others are on their way. A turn costs little."""
+        if self._seen < len(self._waiting) and self._rows < MOST_ROWS:
+            self._seen = len(self._waiting)
+            loop.call_soon(self._flush, loop)
+            return
         asked, self._waiting = self._waiting, []
+        self._rows = self._seen = 0
         part: list[_Waiting] = []
+        count = 0
         for waiting in asked:
-            if part and sum(len(other.rows) for other in part) + len(waiting.rows) > MOST_ROWS:
+            if part and count + len(waiting.rows) > MOST_ROWS:
                 self._settle(part)
-                part = []
+                part, count = [], 0
             part.append(waiting)
+            count += len(waiting.rows)
         self._settle(part)
 
     def _settle(self, asked: list[_Waiting]) -> None:

@@ -16,8 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sisa.learners.columns import feature_specs
 from sisa.recipe import Recipe
-from sisa.serving.answer import Answered, Predictions, json_response
+from sisa.serving.answer import Predictions, json_response
 from sisa.serving.bodies import json_object, only_known
+from sisa.serving.gather import Answered
 from sisa.serving.limits import Refused
 
 REQUEST_FIELDS = {"id": "text", "parameters": "object", "inputs": "list", "outputs": "list"}
@@ -123,8 +124,8 @@ async def infer(request: Request, name: str, predictions: Predictions, *, wanted
     found = {"model_name": name, **_id(body)}
     rows = _rows(inputs, predictions)
     answered = await predictions.answer(rows)
-    check_version(wanted, answered.answer.version)
-    found["model_version"] = str(answered.answer.version)
+    check_version(wanted, answered.version)
+    found["model_version"] = str(answered.version)
     return json_response({**found, "outputs": _outputs(answered, outputs, predictions)})
 
 
@@ -210,11 +211,12 @@ def _values(tensor: dict[str, Any], where: str, *, size: int | None, text: bool)
 
 
 def _outputs(answered: Answered, names: list[str], predictions: Predictions) -> list[dict[str, Any]]:
-    answer, rows = answered.answer, len(answered.predictions)
+    rows = len(answered.predictions)
+    flat = [score for scores in answered.scores for score in scores]
     made = {
         "prediction": (_class_type(predictions.classes), [rows], answered.predictions),
-        "scores": ("FP64", [rows, len(predictions.classes)], answer.scores_BC.reshape(-1).tolist()),
-        "version": ("INT64", [1], [answer.version]),
+        "scores": ("FP64", [rows, len(predictions.classes)], flat),
+        "version": ("INT64", [1], [answered.version]),
     }
     return [{"name": n, "datatype": made[n][0], "shape": made[n][1], "data": made[n][2]} for n in names]
 

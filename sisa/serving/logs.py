@@ -7,6 +7,8 @@ of an exception only its type and the places in the code are written, uvicorn's 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -15,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sisa.serving.doors import TOKEN_KEY
 from sisa.serving.limits import Refused, refuse
 
-ACCESS = logging.getLogger("sisa.access")
 FAULTS = logging.getLogger("sisa.faults")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 UNKNOWN = "unknown"
@@ -46,6 +47,27 @@ class Exchange:
     """The id; empty without a good token."""
 
 
+class AccessLines:
+    """Writes a line for each request, those of one turn of the event loop at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: list[str] = []
+
+    def add(self, exchange: Exchange) -> None:
+        """Write the line of a request at the end of this turn."""
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._lines.append(json.dumps(_fields(exchange)))
+
+    def _flush(self) -> None:
+        lines, self._lines = self._lines, []
+        time_ = json.dumps({"time": _moment(datetime.now(UTC))}).removesuffix("}")
+        with contextlib.suppress(OSError, ValueError):  # who reads the log has gone: no reason not to answer
+            self._stream.write("".join(f"{time_}, {line[1:]}\n" for line in lines))
+            self._stream.flush()
+
+
 class BrokenAnswerError(Exception):
     """Raised to cut the connection when an answer fails half-way; it says nothing of the reason."""
 
@@ -56,9 +78,19 @@ class AccessLog:
     Add it last with ``add_middleware``: around the application it would come after Starlette's own plain 500.
     """
 
-    def __init__(self, app: ASGIApp, *, observe: Callable[[Exchange], None] | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, observe: Callable[[Exchange], None] | None = None, lines: AccessLines | None = None
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            observe: Told of each request.
+            lines: Writes a line about each; None for none.
+        """
         self._app = app
         self._observe = observe
+        self._lines = lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
@@ -95,10 +127,8 @@ class AccessLog:
     def _tell(self, exchange: Exchange) -> None:
         if self._observe is not None:
             self._observe(exchange)
-        if ACCESS.isEnabledFor(logging.INFO):
-            # Not ``info``, which looks for the caller's place in the code first.
-            fields = {"fields": _fields(exchange)}
-            ACCESS.handle(ACCESS.makeRecord(ACCESS.name, logging.INFO, "", 0, "request", (), None, extra=fields))
+        if self._lines is not None:
+            self._lines.add(exchange)
 
 
 def asked(scope: Scope) -> tuple[str, str]:
@@ -130,11 +160,14 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line: of a message its first line, of an exception its type and places."""
-        line = {"time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")}
-        if record.name != ACCESS.name:
-            # asyncio and uvicorn quote exceptions from the second line on
-            message = record.getMessage().partition("\n")[0]
-            line |= {"level": record.levelname.lower(), "logger": record.name, "message": message}
+        # asyncio and uvicorn quote exceptions from the second line on
+        message = record.getMessage().partition("\n")[0]
+        line = {
+            "time": _moment(datetime.fromtimestamp(record.created, UTC)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": message,
+        }
         line |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[0] is not None:
             kind, _, trace = record.exc_info
@@ -142,7 +175,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_config(*, level: str = "INFO", access: bool = True) -> dict[str, Any]:
+def _moment(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
+
+
+def log_config(*, level: str = "INFO") -> dict[str, Any]:
     """Return uvicorn's ``log_config``: everything as JSON lines on stderr, its own access log off."""
     return {
         "version": 1,
@@ -152,7 +189,6 @@ def log_config(*, level: str = "INFO", access: bool = True) -> dict[str, Any]:
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
             "sisa": {"level": level},
-            ACCESS.name: {"level": "INFO" if access else "CRITICAL"},
             "uvicorn": {"level": level},
             "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
         },

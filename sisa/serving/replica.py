@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import secrets
 import threading
 import time
@@ -329,7 +330,7 @@ class _Watched:
         Raises:
             SisaError: It can't be opened now.
         """
-        file = ledger_file(layout)
+        file = ledger_file(os.fspath(layout.ledger))
         store = open_store(layout)
         with _closed_on_failure(store):
             store.ledger.database.rows(f"PRAGMA busy_timeout = {BUSY_MS}")
@@ -344,7 +345,7 @@ class _Watched:
             StoreError: There is no ledger. The one that is open may come back.
             DamagedError: Another file is in its place.
         """
-        if ledger_file(self.store.layout) != self.file:
+        if ledger_file(os.fspath(self.store.layout.ledger)) != self.file:
             raise DamagedError("the store's ledger was replaced")
 
     def close(self) -> None:

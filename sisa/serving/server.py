@@ -28,7 +28,7 @@ def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None =
     """
     if tls is not None:
         _check_tls(*tls)
-    app = create_app(serving)
+    app = create_app(serving, access=sys.stderr)
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if tls else "http"

@@ -33,7 +33,7 @@ class Shortcut:
         limited = limits.TimeLimit(
             limits.BodyLimit(self._answer, max_bytes=serving.max_bytes), max_seconds=serving.max_seconds
         )
-        self._predict = logs.AccessLog(limited, observe=service.metrics.observe)
+        self._predict = logs.AccessLog(limited, observe=service.metrics.observe, lines=app.state.access)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
