@@ -61,6 +61,21 @@ class UnknownIdsError(UserError):
         self.missing = list(missing)
 
 
+class NoScoreError(UserError):
+    """What the ensemble computes for a row is no number: there is nothing to answer, and nothing is guessed."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(
+            f"rows[{row}]: the ensemble's scores for it are no numbers",
+            hint="Its values are too large to compute with; or, if every row is refused, the training has diverged.",
+        )
+        self.row = row
+
+    def after(self, rows: int) -> NoScoreError:
+        """Return the error as who has given out ``rows`` rows before tells it."""
+        return NoScoreError(self.row + rows)
+
+
 class FootingError(UserError):
     """Code, model source or platform differ from those the store was trained with."""
 
@@ -70,7 +85,15 @@ class StoreError(SisaError):
 
 
 class DamagedError(StoreError):
-    """Bytes in the store are missing, changed or not what the ledger says they are."""
+    """Bytes in the store are missing, changed or not what the ledger says they are.
+
+    ``place`` is where, for who works on the store's machine. It may hold a lineage key: it is no part of the message,
+    which servers pass on and logs keep.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", place: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.place = place
 
 
 class BusyError(StoreError):

@@ -237,7 +237,7 @@ class FakeStore:
         return {
             "store": "digits", "version": self.version, "state": words, "shards": self.shards, "slices": self.slices,
             "records": 1432, "subjects": 1432, "holdout_records": 365, "classes": [str(n) for n in range(10)],
-            "aggregation": "mean", "stages": [self._stage(c, s) for c in range(self.shards) for s in range(1, self.slices + 1)],
+            "aggregation": "mean", "aggregation_in_use": "mean", "stages": [self._stage(c, s) for c in range(self.shards) for s in range(1, self.slices + 1)],
             "versions": self.versions[-200:], "requests": [_shown(r) for r in self.requests[-200:]],
             "open_requests": len(open_), "oldest_open_at": open_[0]["created_at"] if open_ else None,
             "replicas": [{"id": "r-7f3a90c2", "version": self.version, "confirmed": True},

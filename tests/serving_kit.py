@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as papq
 import pytest
 import store_kit
 import tables
@@ -111,6 +113,29 @@ def serving(template: Path, folder: Path, *options: str, ready: bool = True, **a
         server.stop()
 
 
+def certificate(folder: Path) -> tuple[tuple[str, ...], ssl.SSLContext]:
+    """Make a certificate for loopback: the options that serve with it, and what a client needs to trust it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl command to make a certificate with")
+    made, key = folder / "cert.pem", folder / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, *names, "-keyout", key, "-out", made], check=True, capture_output=True)
+    options = ("--tls-certificate", str(made), "--tls-key", str(key))
+    return options, ssl.create_default_context(cafile=str(made))
+
+
 @contextmanager
 def ledger(store: Path) -> Iterator[Ledger]:
     """The ledger of a store, for as long as it takes."""
@@ -144,6 +169,20 @@ def mixed_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def binary_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vector of bits; classes are integers, and a person is a record."""
     return _trained(tmp_path_factory, tables.binary_recipe(training={"epochs": 2}), tables.binary())
+
+
+@pytest.fixture(scope="module")
+def holdout_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the mixed one, but a third of the people are held out, and measured on."""
+    recipe = tables.mixed_recipe(training={"epochs": 2})
+    recipe["data"]["holdout"] = {"fraction": 0.33}
+    return _trained(tmp_path_factory, recipe, tables.mixed(90))
+
+
+def trained_subject(store: Path, *, slice_: int = 1) -> str:
+    """Somebody whose rows were trained on."""
+    path = min(store.glob(f"records/shard=*/slice={slice_:02d}/*.parquet"))
+    return str(papq.read_table(path, partitioning=None)["_sisa_subject"][0].as_py())
 
 
 def _trained(factory: pytest.TempPathFactory, recipe: dict[str, Any], table: pa.Table) -> Path:

@@ -14,6 +14,7 @@ import pyarrow.parquet as papq
 import pytest
 
 from sisa.deletion.accept import accept
+from sisa.ensemble.live import member_names, rule_in_use
 from sisa.errors import UserError
 from sisa.store.store import Store
 
@@ -46,6 +47,11 @@ def rule(store: Store) -> str:
     return store.ensemble.load().rule.name
 
 
+def in_use(store: Store) -> str:
+    ledger = store.opened.ledger
+    return rule_in_use(store.opened.recipe, ledger, ledger.versions.live())
+
+
 @pytest.mark.parametrize("name", ["weighted", "calibrated"])
 def test_a_deletion_drops_the_parameters_at_once_and_the_repair_fits_them_again(folder: Path, name: str) -> None:
     store = kit.trained(recipe_for(folder, nobody(), name=name), folder / "store")
@@ -58,11 +64,24 @@ def test_a_deletion_drops_the_parameters_at_once_and_the_repair_fits_them_again(
     accepted = accept(store.opened, subjects=[person])
     assert accepted is not None
     assert store.opened.ledger.database.rows("SELECT * FROM fitted") == []
-    assert rule(store) == "mean"
+    assert rule(store) == in_use(store) == "mean"
     store.repair(executor="inline")
-    assert rule(store) == name
+    assert rule(store) == in_use(store) == name
     assert [cause for _, _, cause in versions.all()] == ["train", "fit", "quarantine", "repair", "fit"]
     assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_a_fit_that_a_deletion_overtakes_is_thrown_away(folder: Path) -> None:
+    """Else it would publish, as live, the constituents from before the quarantine."""
+    store = kit.trained(recipe_for(folder, nobody()), folder / "store")
+    versions = store.opened.ledger.versions
+    before = versions.live()
+    content = versions.fit_of(member_names(before))
+    assert content is not None
+    accept(store.opened, subjects=[next(iter(kit.places(store, TABLE)))])
+    assert versions.publish_fit(before, member_names(before), content) == before.number + 1
+    assert versions.live().cause == "quarantine"
+    assert store.opened.ledger.database.rows("SELECT * FROM fitted") == []
 
 
 def test_the_same_rows_and_constituents_are_no_new_version_and_other_rows_are(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sisa.deletion import confirm
-from sisa.ledger import Ledger, Member, View
+from sisa.ledger import HELD, WAITED, Ledger, Member, View
 from sisa.serving import replica as replicas
 from sisa.serving.replica import NotServingError, Replica
 
@@ -105,7 +105,7 @@ def test_the_dead_are_waited_for_one_lease_by_our_own_clock(ledger: Ledger, monk
         ledger.replicas.register(name, lease_s=lease_s)
     number = quarantine(ledger)
     confirm.await_replicas(Store(ledger), number)  # type: ignore[arg-type]
-    assert 2.0 < clock[0] - 100.0 <= 2.5
+    assert HELD * 2.0 < WAITED * 2.0 < clock[0] - 100.0 <= 2.0  # within the lease
     assert [row.id for row in ledger.replicas.all()] == ["late"]
 
 
@@ -468,5 +468,5 @@ def test_the_play_finds_a_lease_in_spite_of_a_quarantine_to_confirm(
 
 
 def test_the_play_finds_an_impatient_acceptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confirm, "MARGIN", 0.4)
+    monkeypatch.setattr(confirm, "WAITED", 0.4)
     assert any(play.violations for play in play_all(tmp_path, monkeypatch, seeds=MOST_SEEDS))

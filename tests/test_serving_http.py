@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +17,13 @@ import pyarrow as pa
 import pytest
 import serving_kit
 import tables
-from serving_kit import ARROW, NAME, Server, expected, features, ledger, serving, stream, wait_for
+from serving_kit import ARROW, NAME, Server, expected, features, ledger, serving, stream, trained_subject, wait_for
+
+import sisa
 
 mixed_store = serving_kit.mixed_store
 binary_store = serving_kit.binary_store
+holdout_store = serving_kit.holdout_store
 
 PEOPLE = [f"p\u00e9rson-{number:03d}" for number in range(24)]
 ROW = {"age": 41.5, "job": "baker", "hours": 38, "code": [0.5, None, -1], "grade": 1}
@@ -79,6 +80,16 @@ def test_health_needs_no_token(server: Server) -> None:
         told = asking.get(path).json()
         assert (told["ready"], told["reason"]) == (True, "")
         assert told["version"] >= 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/v2", "/openapi.json", "/"]
+)
+def test_a_load_balancer_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    asking = server.client(token="")
+    head, whole = asking.head(path), asking.get(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_a_store_without_an_ensemble_is_alive_but_answers_nobody(mixed_store: Path, tmp_path: Path) -> None:
@@ -228,6 +239,28 @@ def test_a_deletion_from_its_acceptance_to_its_evidence(server: Server, client: 
     assert (again["request"], again["repeated"], again["state"]) == (receipt["request"], True, "repaired")
 
 
+def test_a_quarantine_is_measured_as_long_as_it_is_live(holdout_store: Path, tmp_path: Path) -> None:
+    """With the repair put off, the page shows how well the rest of the ensemble answers."""
+    with serving(holdout_store, tmp_path, "--no-repair") as waiting:
+        asking = waiting.client()
+        number = asking.post("/deletions", json={"subjects": [trained_subject(waiting.store)]}).json()[
+            "version_quarantine"
+        ]
+
+        def measured() -> float | None:
+            versions = {row["number"]: row for row in asking.get("/state").json()["versions"]}
+            assert versions[number]["cause"] == "quarantine"
+            return versions[number]["accuracy"]
+
+        accuracy = wait_for(measured, what=lambda: "the quarantine is measured")
+    store = sisa.open_store(waiting.store)
+    assert store.version == number
+    found = store.measure()
+    store.close()
+    assert found is not None
+    assert accuracy == found.accuracy
+
+
 def test_an_idempotency_key_stands_for_one_body(client: httpx.Client) -> None:
     key = {"idempotency-key": "0f8fad5b-d9cb-469f-a165-70867728950e"}
     first = client.post("/deletions", json={"subjects": [PEOPLE[4]]}, headers=key)
@@ -238,6 +271,16 @@ def test_an_idempotency_key_stands_for_one_body(client: httpx.Client) -> None:
     assert_refused(client.post("/deletions", json={"subjects": [PEOPLE[5]]}, headers=key), 422)
     assert client.get("/state").json()["requests"][-1]["request"] == first.json()["request"]
     repaired(client, first.json()["request"])
+
+
+def test_an_idempotency_key_is_not_used_up_by_a_refusal(client: httpx.Client) -> None:
+    headers = {"idempotency-key": "typo"}
+    assert_refused(client.post("/deletions", json={"subjects": ["p3rson"]}, headers=headers), 404)
+    assert_refused(client.post("/deletions", json={"subjects": [PEOPLE[4]], "reason": "\t"}, headers=headers), 422)
+    mended = client.post("/deletions", json={"subjects": [PEOPLE[4]]}, headers=headers)
+    assert mended.status_code == 202
+    assert_refused(client.post("/deletions", json={"subjects": ["p3rson"]}, headers=headers), 422)
+    repaired(client, mended.json()["request"])
 
 
 def test_records_are_deleted_by_their_own_ids(client: httpx.Client) -> None:
@@ -395,10 +438,23 @@ BAD_JSON: list[tuple[str, str, bytes, tuple[int, ...]]] = [
     ("a reason that is null", "/deletions", ids(PEOPLE[0], reason=None), (422,)),
     ("a reason that is a list", "/deletions", ids(PEOPLE[0], reason=[]), (422,)),
     ("a reason of half a character", "/deletions", ids(PEOPLE[0], reason="\ud800"), (422,)),
+    ("a reason with a terminal's commands", "/deletions", ids(PEOPLE[0], reason="\x1b[31mred"), (422,)),
+    ("a reason of two lines", "/deletions", ids(PEOPLE[0], reason="a\nb"), (422,)),
+    ("a reason that turns the writing round", "/deletions", ids(PEOPLE[0], reason="a\u202eb"), (422,)),
     ("a long reason", "/deletions", ids(PEOPLE[0], reason="x" * 10_001), (422,)),
     ("an unknown regime", "/deletions", ids(PEOPLE[0], regime="lgpd"), (422,)),
     ("a regime that is a number", "/deletions", ids(PEOPLE[0], regime=0), (422,)),
     ("ignore_missing of another type", "/deletions", ids(PEOPLE[0], ignore_missing="yes"), (422,)),
+    ("a fraction for an integer", "/infer", inference(tensor("age", 41.5, datatype="UINT8")), (422,)),
+    ("an integer out of range", "/infer", inference(tensor("age", 256, datatype="UINT8")), (422,)),
+    ("a number below zero for an unsigned", "/infer", inference(tensor("age", -1, datatype="UINT64")), (422,)),
+    ("a number for a bool", "/infer", inference(tensor("age", -1, datatype="BOOL")), (422,)),
+    ("a bool for a number", "/infer", inference(tensor("age", True)), (422,)),
+    ("a number for bytes", "/infer", inference(tensor("job", 1)), (422,)),
+    ("rows of different lengths", "/infer", inference(tensor("code", [1, 2], [3])), (422,)),
+    ("nested data of another shape", "/infer", inference(tensor("age", [41, 2], shape=[2, 1])), (422,)),
+    ("nested data of one dimension", "/infer", inference(tensor("age", [41], shape=[1])), (422,)),
+    ("half nested data", "/infer", inference(tensor("code", [1, 2, 3], 4)), (422,)),
     ("no inputs", "/infer", b"{}", (422,)),
     ("inputs of another type", "/infer", b'{"inputs": 1}', (422,)),
     ("an input of another type", "/infer", b'{"inputs": [1]}', (422,)),
@@ -566,7 +622,7 @@ def test_what_is_not_there_is_404(client: httpx.Client, path: str) -> None:
         ("DELETE", "/deletions/del-0", "GET"),
         ("POST", "/state", "GET"),
         ("PATCH", f"/v2/models/{NAME}/infer", "POST"),
-        ("TRACE", "/livez", "GET"),
+        ("TRACE", "/livez", "GET, HEAD"),
     ],
 )
 def test_another_method_is_405_and_names_the_right_ones(
@@ -612,25 +668,7 @@ def test_refusals_changed_nothing(client: httpx.Client) -> None:
 
 
 def test_https(mixed_store: Path, tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl command to make a certificate with")
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, *names, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    options = ("--tls-certificate", str(certificate), "--tls-key", str(key))
-    trust = ssl.create_default_context(cafile=str(certificate))
+    options, trust = serving_kit.certificate(tmp_path)
     with serving(mixed_store, tmp_path, *options, verify=trust) as secure:
         assert secure.address.startswith("https://")
         assert secure.client(verify=trust).get("/state").status_code == 200

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 import race_kit as kit
+import serving_kit
 
 from sisa.cli.main import run
+
+binary_store = serving_kit.binary_store
 
 PEOPLE = 300
 REPLICAS = 3
@@ -81,9 +89,67 @@ def test_nobody_hears_from_the_deleted_even_if_a_replica_stands_still(tmp_path: 
     kit.check_members(store, [*deleter.done, *caller.done])
 
 
-def test_an_address_is_for_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", "--store", str(tmp_path), "--address", "auto"]) == 2
-    assert "--address is for --replicas" in capsys.readouterr().err
+CLUSTER = """
+import sys
+import ray
+from sisa.execution.cluster import connected
+
+with connected(None, cores=4):
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.readline()
+    print(len(ray.util.list_named_actors(all_namespaces=True)), ray.available_resources()["CPU"], flush=True)
+"""
+
+
+@contextmanager
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A Ray cluster of another process, which goes on when those who use it end."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "5e" * 32)
+    process = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip(), process
+    finally:
+        process.communicate(timeout=kit.PATIENCE_S)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_running_cluster_answers_over_https_and_retrains(
+    binary_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, trust = serving_kit.certificate(tmp_path)
+    with cluster(monkeypatch) as (address, process):
+        with serving_kit.serving(
+            binary_store, tmp_path, "--address", address, "--replicas", "2", *options, verify=trust
+        ) as server:
+            assert server.address.startswith("https://")
+            asking = server.client(verify=trust)
+            rows = [{"x": [0] * 12}]
+            before = asking.post("/predict", json={"rows": rows}).json()["version"]
+            subject = serving_kit.trained_subject(server.store)
+            told = asking.post("/deletions", json={"subjects": [subject]}).json()
+            assert told["version_quarantine"] == before + 1
+
+            def repaired() -> bool:
+                return bool(asking.get(f"/deletions/{told['request']}").json()["state"] == "repaired")
+
+            serving_kit.wait_for(repaired, what=lambda: "the cluster has retrained")
+            evidence = asking.get(f"/deletions/{told['request']}").json()["evidence"]
+            assert evidence["stages_retrained"]
+            assert server.stop() == 0
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        actors, cores = process.stdout.readline().split()
+        assert float(cores) == 4.0, f"{actors} actors are left on the cluster"
+
+
+def test_an_address_where_nobody_is_starts_nothing(binary_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--store", str(binary_store), "--address", "127.0.0.1:1"]) == 2
+    assert "127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_without_a_store_nothing_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,6 +265,21 @@ def test_a_module_that_draws_or_branches_is_not_stacked():
         assert Panel(spec, members).scores(numbers([4]), Mean())[1] == "sequential"
 
 
+def test_a_module_that_answers_otherwise_together_is_not_stacked():
+    class Noticing(torch.nn.Linear):
+        def forward(self, x):
+            together = torch._C._functorch.is_batchedtensor(self.weight)
+            return super().forward(x) + torch.tensor([0.1 if together else 0.0, 0.0, 0.0])
+
+    spec = recipe()
+    fitted = [Preprocessor.fit(spec, numbers([30], seed=s)) for s in range(2)]
+    members = [Constituent(spec, fitted[s], Noticing(6, 3).eval(), seed=s, class_count=3) for s in range(2)]
+    columns = numbers([4])
+    scores, path = Panel(spec, members).scores(columns, Mean())
+    assert path == "sequential"
+    assert scores.tobytes() == Mean().scores(np.stack([m.posteriors(columns) for m in members])).tobytes()
+
+
 def test_a_hook_keeps_a_chain_from_being_taken_apart():
     spec = recipe()
     members = constituents(spec, [numbers([30], seed=s) for s in range(2)])

@@ -161,8 +161,8 @@ def expected_files(folder: Path, stage_id: StageId) -> set[Path]:
 def damage(folder: Path, stage_id: StageId, reason: str) -> DamagedError:
     """Return the error that says what is wrong with a stage."""
     if not folder.exists():
-        return MissingStage(f"{stage_id} is missing: there is no {folder}", hint=_HEAL)
-    return DamagedError(f"{stage_id} is damaged: {reason} (in {folder})", hint=_HEAL)
+        return MissingStage(f"{stage_id} is missing", hint=_HEAL, place=str(folder))
+    return DamagedError(f"{stage_id} is damaged: {reason}", hint=_HEAL, place=str(folder))
 
 
 def _is_taken(error: BaseException) -> bool:

@@ -76,7 +76,10 @@ def run(words: list[str]) -> int:
     except click.ClickException as error:
         return _misused(error, words, as_json=as_json)
     except SisaError as error:
-        return _failed(error.message, error.hint, error.exit_code, as_json=as_json)
+        place = getattr(error, "place", "")
+        return _failed(
+            f"{error.message} ({place})" if place else error.message, error.hint, error.exit_code, as_json=as_json
+        )
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)
     except OSError as error:

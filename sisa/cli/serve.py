@@ -27,8 +27,17 @@ from sisa.errors import UserError
     "--tls-certificate", type=click.Path(), metavar="FILE", help="PEM; with --tls-key the server speaks HTTPS."
 )
 @click.option("--tls-key", type=click.Path(), metavar="FILE", help="PEM, the certificate's private key.")
-@click.option("--replicas", type=click.IntRange(1), metavar="N", help="Answer from N processes, behind Ray Serve.")
-@click.option("--address", metavar="RAY", help="With --replicas: a running Ray cluster, e.g. head:6379 or auto.")
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Answer from N processes, behind Ray Serve; 1 with --address.",
+)
+@click.option(
+    "--address",
+    metavar="RAY",
+    help="Answer, and retrain, on a running Ray cluster: head:6379, or auto; see --replicas.",
+)
 def serve(
     store: str,
     host: str,
@@ -56,6 +65,7 @@ def serve(
       sisa token create --store runs/adult --scope predict,delete,read
       sisa serve --store runs/adult
       sisa serve --store runs/adult --replicas 4
+      sisa serve --store runs/adult --replicas 4 --address auto
       curl -H "Authorization: Bearer $TOKEN" -d '{"rows": [{"age": 41}]}' \
            -H "Content-Type: application/json" http://127.0.0.1:8080/predict
     """
@@ -64,25 +74,24 @@ def serve(
 
     if bool(tls_certificate) != bool(tls_key):
         raise UserError("--tls-certificate and --tls-key belong together", hint="Give both, or neither.")
-    if address is not None and replicas is None:
-        raise UserError("--address is for --replicas", hint="Without --replicas this process answers by itself.")
     sys.path.insert(0, str(Path.cwd()))
     serving = Serving(
         layout=Layout.at(store),
         lease_s=lease_s,
         open_prediction=open_prediction,
         repairs=not no_repair,
+        address=address,
         rate_per_second=rate,
         max_rows=max_rows,
         max_bytes=max_megabytes * 2**20,
         max_seconds=max_seconds,
     )
     tls = (tls_certificate, tls_key) if tls_certificate and tls_key else None
-    if replicas is None:
+    if replicas is None and address is None:
         from sisa.serving.server import run
 
         run(serving, host=host, port=port, tls=tls)
     else:
         from sisa.serving.rayserve import run as run_replicas
 
-        run_replicas(serving, replicas=replicas, host=host, port=port, address=address, tls=tls)
+        run_replicas(serving, replicas=replicas or 1, host=host, port=port, tls=tls)

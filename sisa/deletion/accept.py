@@ -8,6 +8,7 @@ durable, and no replica answers from an older version any more.
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sisa.deletion.confirm import await_replicas
-from sisa.errors import DamagedError, StoreError, UnknownIdsError
+from sisa.errors import DamagedError, StoreError, UnknownIdsError, UserError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Kind, Request, Target
 from sisa.opening import OpenStore, key_check
@@ -25,6 +26,7 @@ from sisa.records.partition import present_ids
 from sisa.routing.ids import canonical_id
 from sisa.routing.keys import exclusion_digests
 
+LONGEST_REASON = 10_000
 SHOWN = 5
 """How many unknown ids a message names."""
 
@@ -78,11 +80,13 @@ def accept(
     been: what may have seen them goes out of service, and they are erased when the file is restored.
 
     Raises:
+        UserError: The reason is no line of text.
         UnknownIdsError: An id is unknown; nothing was changed.
         StoreError: The store holds no records yet.
         DamagedError: A record may lie among rows that are lost or unreadable; nothing was changed.
     """
     started = time.monotonic()
+    _check_reason(reason)
     with store.ingest_lock().held():
         if not store.ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
@@ -101,6 +105,23 @@ def accept(
         store.ledger.requests.measured(acceptance.request.id, seconds_to_quarantine=seconds)
     request = store.ledger.requests.get(acceptance.request.id)
     return Accepted(request, acceptance.repeated, missing, acceptance.earlier, damage)
+
+
+def _check_reason(reason: str) -> None:
+    """Make sure that a reason can be shown in a line: control characters would be a terminal's commands.
+
+    Raises:
+        UserError: It can't.
+    """
+    if len(reason) > LONGEST_REASON:
+        raise UserError(
+            f"reason: at most {LONGEST_REASON:,} characters, got {len(reason):,}", hint="Refer to a ticket instead."
+        )
+    if any(unicodedata.category(character) in {"Cc", "Cf", "Zl", "Zp"} for character in reason):
+        raise UserError(
+            "reason: expected one line of text, got a control character",
+            hint="Leave out line breaks, tabs and invisible characters.",
+        )
 
 
 def _resolve(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 from sisa.clock import elapsed_s
+from sisa.ledger import WAITED
 from sisa.opening import OpenStore
 
 POLL_S = 0.002
-MARGIN = 1.02
-"""How much longer than a lease is waited: two clocks may run at slightly different speeds."""
 
 
 def await_replicas(store: OpenStore, version: int) -> None:
@@ -21,7 +20,7 @@ def await_replicas(store: OpenStore, version: int) -> None:
     published = elapsed_s()
     while behind := replicas.behind(version):
         waited_s = elapsed_s() - published
-        overdue = [replica.id for replica in behind if waited_s > replica.lease_s * MARGIN]
+        overdue = [replica.id for replica in behind if waited_s > replica.lease_s * WAITED]
         if overdue:
             replicas.strike_off(overdue, version=version)
         else:

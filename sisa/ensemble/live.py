@@ -16,12 +16,13 @@ import numpy as np
 from sisa.checkpoints import StageId
 from sisa.ensemble.aggregation import PLAIN, Aggregator, Fitted, Scores, aggregator
 from sisa.ensemble.stacked import Panel, Path
-from sisa.errors import DamagedError, FootingError, NoConstituentError, StoreError
+from sisa.errors import DamagedError, FootingError, NoConstituentError, NoScoreError, StoreError
 from sisa.learners.columns import Columns
 from sisa.learners.predict import Constituent
 from sisa.learners.source import code_version
-from sisa.ledger import Member, Version
+from sisa.ledger import Ledger, Member, Version
 from sisa.opening import OpenStore
+from sisa.recipe import Recipe
 
 TRIES = 100
 """How often an answer is computed again because versions changed under it."""
@@ -66,10 +67,12 @@ class Loaded:
 
         Raises:
             NoConstituentError: There is no constituent.
+            NoScoreError: The scores of a row are no numbers.
         """
         if self.panel is None:
             raise self.nobody_because or NoConstituentError("there is no constituent", hint="Run `sisa repair`.")
         scores_BC, path = self.panel.scores(columns, self.rule)
+        _check_numbers(scores_BC)
         return Answer(scores_BC, self.version, len(self.panel.constituents), path, self.rule.name)
 
 
@@ -100,11 +103,11 @@ class LiveEnsemble:
         Raises:
             DamagedError: A stage that should answer is missing or damaged.
         """
-        version, voters = self._current()
+        version, voters, fit = self._current()
         if not voters:
             self._panel = None
             return Loaded.nobody(_nobody(version), version=version.number)
-        return Loaded(version.number, self._panel_of(voters), self._rule(version))
+        return Loaded(version.number, self._panel_of(voters), self._rule(version, fit))
 
     def answer(self, columns: Columns) -> Answer:
         """Return the ensemble's scores for a batch of rows.
@@ -130,34 +133,34 @@ class LiveEnsemble:
             self._panel = Panel(self._store.recipe, voters)
         return self._panel
 
-    def _rule(self, version: Version) -> Aggregator:
+    def _rule(self, version: Version, fit: str | None) -> Aggregator:
+        """Return the rule with the parameters that were fitted for exactly these members; without any it is the mean."""
         rule = self._store.recipe.sisa.aggregation_name
         if rule in PLAIN:
             return aggregator(rule)
-        members = member_names(version)
-        return aggregator(rule, members=members, fitted=self._fitted(members))
-
-    def _fitted(self, members: tuple[str, ...]) -> Fitted | None:
-        """Return the parameters that were fitted for exactly these members; without any the rule is the mean."""
-        text = self._store.ledger.versions.fit_of(members)
         try:
-            return Fitted.from_json(text) if text is not None else None
+            fitted = Fitted.from_json(fit) if fit is not None else None
+            return aggregator(rule, members=member_names(version), fitted=fitted)
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedError("the aggregation's parameters in the ledger were changed", hint=MEND) from error
 
-    def _current(self) -> tuple[Version, list[Constituent]]:
+    def _current(self) -> tuple[Version, list[Constituent], str | None]:
+        """Return the live version, its constituents, and the parameters of its aggregation if it has some."""
+        versions = self._store.ledger.versions
         while True:
-            version = self._store.ledger.versions.live()
+            with self._store.ledger.database.snapshot():  # parameters that come later make a version of their own
+                version = versions.live()
+                fit = versions.fit_of(member_names(version))
             members = [member for member in version.members if member.stage > 0]
             try:
                 self._check_shards(version)
                 voters = [self._constituent(member) for member in members]
             except DamagedError:
-                if self._store.ledger.versions.live_number() != version.number:
+                if versions.live_number() != version.number:
                     continue
                 raise
             self._loaded = dict(zip(members, voters, strict=True))
-            return version, voters
+            return version, voters, fit
 
     def _check_shards(self, version: Version) -> None:
         """Make sure that each shard has one voice, or none and says so."""
@@ -181,6 +184,17 @@ class LiveEnsemble:
             _, state = store.checkpoints.load(identity, expect_full_digest=row.full_digest)
             self._loaded[member] = Constituent.from_state(store.recipe, len(store.classes), state)
         return self._loaded[member]
+
+
+def _check_numbers(scores_BC: Scores) -> None:
+    """Make sure that each row has scores: of what is no number none is the highest.
+
+    Raises:
+        NoScoreError: One hasn't.
+    """
+    good_B = np.isfinite(scores_BC).all(axis=1)
+    if not good_B.all():
+        raise NoScoreError(int(np.argmin(good_B)))
 
 
 def _nobody(version: Version) -> NoConstituentError:
@@ -214,6 +228,12 @@ def member_names(version: Version) -> tuple[str, ...]:
     A stage's lineage key and platform: two stages of one name have the same bits.
     """
     return tuple(f"{member.key}.{member.platform}" for member in version.members if member.stage > 0)
+
+
+def rule_in_use(recipe: Recipe, ledger: Ledger, version: Version) -> str:
+    """Return the name of the rule that answers for a version: the mean where parameters were not fitted for it (yet)."""
+    rule = recipe.sisa.aggregation_name
+    return rule if rule in PLAIN or ledger.versions.fit_of(member_names(version)) is not None else "mean"
 
 
 def predicted_classes(scores_BC: Scores, classes: list[bool | int | str]) -> list[bool | int | str]:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +22,42 @@ from sisa.errors import UserError
 from sisa.recipe import Recipe
 
 DETERMINISTIC_CUBLAS = ":4096:8"
+
+
+class FlagsTakenError(Exception):
+    """Another thread has set the flags, and whoever asks can't wait for it."""
+
+
+class Turns:
+    """Who may set the flags: they are the process's, and several threads may answer. One thread may enter again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._here = threading.local()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=not getattr(self._here, "hurried", False)):
+            raise FlagsTakenError
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Have this thread refused, for the length of a ``with`` block, where it would have to wait.
+
+        Raises:
+            FlagsTakenError: Another thread has the flags.
+        """
+        self._here.hurried = True
+        try:
+            yield
+        finally:
+            self._here.hurried = False
+
+
+FLAGS = Turns()
+"""Held while flags are set to answer."""
 
 
 def derived_seed(purpose: str, *parts: int) -> int:

@@ -9,15 +9,17 @@ Shape suffixes: N rows, B batch, C classes.
 
 from __future__ import annotations
 
-import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from sisa.errors import UserError
 from sisa.learners.columns import Array, Columns
-from sisa.learners.flags import device_of, seed_everything, training_flags
+from sisa.learners.flags import FLAGS, device_of, seed_everything, training_flags
 from sisa.learners.models import build_model
 from sisa.learners.modules import init_seed, restore_module
 from sisa.learners.preprocess import Preprocessor
@@ -27,8 +29,6 @@ from sisa.recipe import Recipe
 from sisa.state import StageState
 
 BATCH_SIZE = 1024
-FLAGS = threading.RLock()
-"""Held while flags are set to answer: they are the process's, and several threads may answer."""
 
 
 class Constituent:
@@ -73,7 +73,10 @@ class Constituent:
         for start in range(0, columns.count, batch_size):
             rows = columns.rows(slice(start, start + batch_size))
             resident = Resident.of(rows, self.preprocessor, recipe=self._recipe, device=device)
-            logits_BC = self.module(resident.all())
+            try:
+                logits_BC = self.module(resident.all())
+            except Exception as error:
+                raise model_failed(error) from error
             scores.append(torch.softmax(logits_BC.double(), 1).cpu().numpy())
         return np.concatenate(scores) if scores else np.zeros((0, self.class_count))
 
@@ -90,6 +93,15 @@ def one_by_one(recipe: Recipe, constituents: Sequence[Constituent], columns: Col
             return _built_in(recipe, constituents, columns)
         columns = _row_by_row(columns)
         return np.stack([constituent._answer(columns, batch_size=BATCH_SIZE) for constituent in constituents])
+
+
+def model_failed(error: Exception) -> UserError:
+    """Return what a user's model raised, as a message without values, which may be somebody's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return UserError(
+        f"the model fails on these rows: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}",
+        hint="Check the rows against what the model was trained on, and the source of model.factory.",
+    )
 
 
 def _built_in(recipe: Recipe, constituents: Sequence[Constituent], columns: Columns) -> Array:

@@ -22,9 +22,9 @@ from torch import nn
 
 from sisa.learners.alike import alike
 from sisa.learners.columns import Columns
-from sisa.learners.flags import device_of, training_flags
+from sisa.learners.flags import FLAGS, device_of, training_flags
 from sisa.learners.models import wants_channels_last
-from sisa.learners.predict import FLAGS, Constituent
+from sisa.learners.predict import Constituent
 from sisa.learners.stacked_rows import RowStack, structure
 from sisa.recipe import Recipe
 

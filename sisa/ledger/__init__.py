@@ -2,15 +2,17 @@
 
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
-from sisa.ledger.replicas import ReplicaRow, View
+from sisa.ledger.replicas import HELD, WAITED, ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
 from sisa.ledger.stages import StageRow
 from sisa.ledger.tokens import SCOPES, Scope, Token
 from sisa.ledger.versions import Member, Version
 
 __all__ = [
+    "HELD",
     "SCOPES",
     "STATES",
+    "WAITED",
     "Acceptance",
     "Kind",
     "Ledger",

@@ -4,11 +4,11 @@ Invariants:
 
 * A replica registers before its first answer, while it has no lease. Reading the live version gives it a lease
   (unless it has a quarantine to confirm first): for ``lease_s`` seconds, counted on its own clock from before the
-  reading, it may answer from that version; then it has to read again.
+  reading, it may answer from that version; then it has to read again. Of these it uses ``HELD`` only.
 * ``confirm`` says that it has stopped answering from anything older than a version.
 * Whoever publishes a quarantine waits, after the commit, until each registered replica has confirmed, or for
-  the length of its lease: what was read before the commit is used up by then. Clocks are never compared, so
-  that hosts need not agree on the time.
+  ``WAITED`` of its lease: what was read before the commit is used up by then, even if one clock runs faster than
+  another. Clocks are never compared, so that hosts need not agree on the time.
 * A replica whose lease was waited out is struck off; it finds that out when it reads again, and registers anew.
 """
 
@@ -19,6 +19,12 @@ from dataclasses import dataclass
 
 from sisa.ledger.database import Database, now
 from sisa.ledger.versions import Versions
+
+HELD = 0.95
+"""The share of its lease for which a replica answers without reading the ledger again."""
+WAITED = 0.97
+"""The share after which whoever deletes need not wait for it any more: two percent longer, since clocks' speeds differ,
+and less than the whole, so that even with a dead replica a deletion is acknowledged within one lease."""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,11 @@ class Requests:
             row = self._db.row("SELECT body FROM submissions WHERE key = ?", (key,))
             return row is not None and bytes(row["body"]) == body
 
+    def unclaim(self, key: bytes) -> None:
+        """Let a submission's key go."""
+        with self._db.transaction():
+            self._db.rows("DELETE FROM submissions WHERE key = ?", (key,))
+
     def _is_key(self, key_check: str) -> bool:
         row = self._db.row("SELECT value FROM facts WHERE name = 'exclusion_key'")
         return row is not None and row["value"] == key_check

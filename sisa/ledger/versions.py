@@ -87,6 +87,10 @@ class Versions:
                 "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", (number, accuracy, log_loss, records)
             )
 
+    def is_measured(self, number: int) -> bool:
+        """Say whether it was written down how well a version answers."""
+        return self._db.row("SELECT 1 FROM measurements WHERE version = ?", (number,)) is not None
+
     def publish_fit(self, version: Version, names: Sequence[str], content: str) -> int:
         """Keep the parameters of an aggregation and publish the version that uses them; return the live number.
 

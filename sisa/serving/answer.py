@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-from starlette.concurrency import run_in_threadpool
+from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,13 +19,18 @@ from sisa.records.features import feature_table
 from sisa.records.streams import write_stream
 from sisa.serving.bodies import arrow_table, content_type, json_object, only_known, whole_body
 from sisa.serving.gather import MOST_ROWS, Answered, Gatherer
-from sisa.serving.limits import Refused
+from sisa.serving.limits import Refused, Threads
 from sisa.serving.metrics import Metrics
 from sisa.serving.replica import Replica
 from sisa.serving.rows import RowReader
 
 ARROW = "application/vnd.apache.arrow.stream"
 MAX_ROWS = 100_000
+THREADS = 16
+"""Predictions that are computed, or wait for a version, outside of the event loop at a time."""
+LONGEST_ON_LOOP_S = 0.05
+IN_THREADS_S = 10.0
+"""A model that takes longer is asked in threads for so long; then the event loop tries again."""
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -41,6 +48,8 @@ class Predictions:
         self._metrics = metrics
         self._max_rows = max_rows
         self._patience_s = patience_s
+        self._threads = Threads(THREADS)
+        self._in_threads_until_s = 0.0
 
     async def predict(self, request: Request) -> Response:
         """Answer ``POST /predict``.
@@ -51,7 +60,7 @@ class Predictions:
             NotServingError: This replica may not answer now.
         """
         if content_type(request) == ARROW:
-            answered = await run_in_threadpool(self._answer_arrow, await whole_body(request))
+            answered = await self._in_thread(self._answer_arrow, await whole_body(request))
             return arrow_response(answered, self.classes)
         body = await json_object(request)
         only_known(body, {"rows": "list of objects"}, what="the body")
@@ -82,9 +91,13 @@ class Predictions:
         self.check_count(len(rows))
         answered = await self._gatherer.answer(rows) if len(rows) <= MOST_ROWS else None
         if answered is None:
-            answered = await run_in_threadpool(lambda: self._wait_for(self.reader.read(rows)))
+            answered = await self._in_thread(lambda: self._wait_for(self.reader.read(rows)))
         self._metrics.answered(answered.path, rows=len(rows))
         return answered
+
+    async def _in_thread(self, work: Callable[..., Answered], *arguments: object) -> Answered:
+        """Wait in a thread. Predictions have a few of their own: however many wait, deletions and the rest don't."""
+        return await run_sync(work, *arguments, limiter=self._threads.get())
 
     def _answer_arrow(self, content: bytes) -> Answered:
         table = arrow_table(content, self.recipe.data.features)
@@ -94,8 +107,17 @@ class Predictions:
         return answered
 
     def _answer_now(self, columns: Columns) -> Answered | None:
+        """Answer on the event loop, unless the last time took so long there that others had to wait for it."""
+        started_s = time.monotonic()
+        if started_s < self._in_threads_until_s:
+            return None
         answer = self._replica.answer_now(columns)
-        return self._plain(answer) if answer is not None else None
+        if answer is None:
+            return None
+        answered, ended_s = self._plain(answer), time.monotonic()
+        if ended_s - started_s > LONGEST_ON_LOOP_S:
+            self._in_threads_until_s = ended_s + IN_THREADS_S
+        return answered
 
     def _wait_for(self, columns: Columns) -> Answered:
         return self._plain(self._replica.answer(columns, patience_s=self._patience_s))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,14 @@ from sisa.opening import open_store
 from sisa.serving import doors, inference, limits, logs, metrics
 from sisa.serving.answer import MAX_ROWS, Predictions, json_response
 from sisa.serving.deletions import Deletions, unknown_ids
+from sisa.serving.measurer import Measurer
 from sisa.serving.openapi import describe
 from sisa.serving.overview import etag, overview
 from sisa.serving.repairer import Repairer
 from sisa.serving.replica import LEASE_S, PATIENCE_S, Replica
-from sisa.serving.stores import ThreadStores
+from sisa.serving.stores import ThreadStores, without_path
 
+Answering = Callable[[], Awaitable[Response]]
 PAGE = Path(__file__).parent / "page"
 OVERVIEW = "GET /openapi.json says what is served, and how to ask."
 POLICY = (
@@ -47,6 +49,7 @@ class Serving:
     """Whether this process retrains after deletions, in the background."""
     executor: str = "auto"
     address: str | None = None
+    """A running Ray cluster: repairs train on it, and replicas run on it."""
     max_rows: int = MAX_ROWS
     max_bytes: int = limits.MAX_BODY_BYTES
     max_seconds: float = limits.MAX_SECONDS
@@ -74,6 +77,7 @@ class Service:
             patience_s=min(PATIENCE_S, serving.max_seconds / 2),
         )
         self.deletions = Deletions(self.stores, self.repairer)
+        self.measurer = Measurer(self.stores, self.replica)
 
     def facts(self) -> metrics.Facts:
         """Read what Prometheus is told."""
@@ -84,14 +88,29 @@ class Service:
     def start(self) -> None:
         """Begin to serve."""
         self.replica.start()
+        self.measurer.start()
         if self.serving.repairs:
             self.repairer.start()
 
     def stop(self) -> None:
         """Stop answering, let go of the lease, and stop a repair that runs."""
+        self.measurer.stop()
         self.replica.stop()
         if self.serving.repairs:
             self.repairer.stop()
+
+    async def answer_error(self, _: Request, error: Exception) -> Response:
+        """A caller's mistake is 4xx, a store that can't answer now 503; neither ids nor the store's path are repeated."""
+        assert isinstance(error, SisaError)
+        message, hint = without_path(error.message, self.serving.layout), error.hint or OVERVIEW
+        if isinstance(error, UnknownIdsError):
+            message = unknown_ids(error)
+            hint = 'Check the ids, or send "ignore_missing": true to delete those that are there.'
+        status = 404 if isinstance(error, UnknownIdsError) else 422 if isinstance(error, UserError) else 503
+        response = json_response(limits.error_body(message, hint), status=status)
+        if status == 503:
+            response.headers["retry-after"] = "1"
+        return response
 
 
 def create_app(serving: Serving, *, access: TextIO | None = None) -> FastAPI:
@@ -128,7 +147,7 @@ def create_app(serving: Serving, *, access: TextIO | None = None) -> FastAPI:
     _add_operations(app, service, door)
     door.seal(app)
     doors.answer_in_one_form(app)
-    app.add_exception_handler(SisaError, answer_error)
+    app.add_exception_handler(SisaError, service.answer_error)
     app.add_exception_handler(404, _answer_unknown)
     app.add_exception_handler(405, _answer_method)
     app.add_middleware(limits.BodyLimit, max_bytes=serving.max_bytes)
@@ -154,10 +173,15 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return json_response({"name": "sisa", "version": __version__, "extensions": []})
 
     for path in ("/livez", "/v2/health/live"):
-        app.get(path, dependencies=[Depends(doors.anyone)])(live)
+        _open_to_all(app, path)(live)
     for path in ("/readyz", "/v2/health/ready"):
-        app.get(path, dependencies=[Depends(doors.anyone)])(ready)
-    app.get("/v2", dependencies=[Depends(doors.anyone)])(server)
+        _open_to_all(app, path)(ready)
+    _open_to_all(app, "/v2")(server)
+
+
+def _open_to_all(app: FastAPI, path: str) -> Callable[[Answering], Answering]:
+    """Return what makes a route of a function: nobody needs a token, and HEAD is answered, which load balancers ask."""
+    return app.api_route(path, methods=["GET", "HEAD"], dependencies=[Depends(doors.anyone)])
 
 
 def _add_predictions(app: FastAPI, service: Service, door: doors.Door) -> None:
@@ -227,13 +251,13 @@ def _add_operations(app: FastAPI, service: Service, door: doors.Door) -> None:
         response.headers["etag"] = tag
         return response
 
-    @app.get("/openapi.json", dependencies=[Depends(doors.anyone)])
+    @_open_to_all(app, "/openapi.json")
     async def openapi() -> Response:
         return json_response(described)
 
     described: dict[str, Any] = describe(service.name, service.recipe)
     for path, name in (("/", "index.html"), ("/page/style.css", "style.css"), ("/page/app.js", "app.js")):
-        app.get(path, dependencies=[Depends(doors.anyone)])(_page(PAGE / name))
+        _open_to_all(app, path)(_page(PAGE / name))
 
 
 def _tags(request: Request) -> list[str]:
@@ -270,20 +294,4 @@ async def _answer_method(request: Request, _: Exception) -> Response:
     body = limits.error_body(f"expected the method {' or '.join(allowed)} for this path", OVERVIEW)
     response = json_response(body, status=405)
     response.headers["allow"] = ", ".join(allowed)
-    return response
-
-
-async def answer_error(_: Request, error: Exception) -> Response:
-    """A caller's mistake is 4xx, a store that can't answer now 503; ids are never repeated."""
-    assert isinstance(error, SisaError)
-    message, hint = error.message, error.hint or OVERVIEW
-    if isinstance(error, UnknownIdsError):
-        message, hint = (
-            unknown_ids(error),
-            'Check the ids, or send "ignore_missing": true to delete those that are there.',
-        )
-    status = 404 if isinstance(error, UnknownIdsError) else 422 if isinstance(error, UserError) else 503
-    headers = {"retry-after": "1"} if status == 503 else None
-    response = json_response(limits.error_body(message, hint), status=status)
-    response.headers.update(headers or {})
     return response

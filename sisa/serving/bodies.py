@@ -14,17 +14,19 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from starlette.concurrency import run_in_threadpool
+from anyio.to_thread import run_sync
 from starlette.requests import ClientDisconnect, Request
 
 from sisa.errors import SourceError
 from sisa.records.kinds import is_number
 from sisa.records.streams import read_stream
 from sisa.routing.ids import is_text
-from sisa.serving.limits import Refused
+from sisa.serving.limits import Refused, Threads
 
 INLINE_BYTES = 2**16
 """Larger JSON is parsed in a thread, so that health and small requests needn't wait for it."""
+PARSED_AT_ONCE = 2
+"""So many of those: what comes of a body may be many times as large."""
 MAX_UNPACKED_BYTES = 2**28
 """So many bytes of text may stand behind the dictionary of a column."""
 NOT_JSON = "the body is no valid JSON (in UTF-8, without NaN and Infinity)"
@@ -33,6 +35,9 @@ IN_PARTS = "Send it in parts."
 HEADER_TYPE, HEADER, DATA, COMPRESSION = 1, 2, 1, 3
 """Fields of Message, DictionaryBatch and RecordBatch: https://github.com/apache/arrow/blob/main/format/Message.fbs"""
 DICTIONARY_BATCH, RECORD_BATCH = 2, 3
+
+
+_PARSING = Threads(PARSED_AT_ONCE)
 
 
 async def json_object(request: Request, *, unique: bool = False) -> dict[str, Any]:
@@ -49,9 +54,10 @@ async def json_object(request: Request, *, unique: bool = False) -> dict[str, An
     if kind not in {"application/json", ""}:
         raise Refused(415, "the body is not JSON", hint="Send it with content-type: application/json.")
     content = await whole_body(request)
-    found = (
-        _parsed(content, unique) if len(content) <= INLINE_BYTES else await run_in_threadpool(_parsed, content, unique)
-    )
+    if len(content) <= INLINE_BYTES:
+        found = _parsed(content, unique)
+    else:
+        found = await run_sync(_parsed, content, unique, limiter=_PARSING.get())
     if not isinstance(found, dict):
         raise Refused(400, "expected a JSON object", hint='For example {"rows": [...]}.')
     return found

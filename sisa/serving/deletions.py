@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any
 
@@ -27,7 +30,6 @@ from sisa.store.status import request_json
 
 FIELDS = {"subjects": "list", "records": "list", "reason": "text", "regime": "text", "ignore_missing": "true or false"}
 LONGEST_KEY = 255
-LONGEST_REASON = 10_000
 
 
 class Deletions:
@@ -57,25 +59,23 @@ class Deletions:
         if not isinstance(ignore_missing, bool):
             raise Refused(422, "ignore_missing: expected true or false", hint="Leave it out if every id must be known.")
         reason, regime = _text(body, "reason"), _text(body, "regime")
-        if len(reason) > LONGEST_REASON:
-            raise Refused(422, f"reason: at most {LONGEST_REASON:,} characters", hint="Refer to a ticket instead.")
         check_regime(regime)
         store = self._stores.get()
-        if key:
-            self._claim(store, key, body)
-        accepted = accept(
-            store,
-            subjects=subjects,
-            records=records,
-            reason=reason,
-            regime=regime,
-            ignore_missing=ignore_missing,
-        )
+        with self._claimed(store, key, body) if key else nullcontext():
+            accepted = accept(
+                store,
+                subjects=subjects,
+                records=records,
+                reason=reason,
+                regime=regime,
+                ignore_missing=ignore_missing,
+            )
         self._repairer.wake()
         return json_response(_receipt(accepted, [*subjects, *records]), status=202)
 
-    def _claim(self, store: OpenStore, key: str, body: dict[str, Any]) -> None:
-        """Bind an Idempotency-Key to its body; only keyed digests of both are kept."""
+    @contextmanager
+    def _claimed(self, store: OpenStore, key: str, body: dict[str, Any]) -> Iterator[None]:
+        """Bind an Idempotency-Key to its body, unless it is refused; only keyed digests of both are kept."""
         secret = derive(store.keys.exclusion, "idempotency")
         content = json.dumps(body, sort_keys=True).encode()
         digests = [hashlib.blake2b(text, key=secret, digest_size=16).digest() for text in (key.encode(), content)]
@@ -83,6 +83,11 @@ class Deletions:
             raise Refused(
                 422, "Idempotency-Key: it was used with another body before", hint="Use a new key for a new deletion."
             )
+        try:
+            yield
+        except UserError:  # nothing was accepted: the body may be mended
+            store.ledger.requests.unclaim(digests[0])
+            raise
 
     def all(self) -> list[dict[str, Any]]:
         """Return every deletion, oldest first."""
@@ -162,15 +167,24 @@ def unknown_ids(error: UnknownIdsError) -> str:
 
 
 def _concerning(events: list[dict[str, Any]], deletion: Deletion) -> list[dict[str, Any]]:
-    """Pick what happened because of a deletion: its own steps, and its shards' stages between its begin and its end."""
+    """Pick what happened because of a deletion: its own steps, and between its begin and its end the stages that saw it.
+
+    Deletions that touch one shard at the same time are repaired together: such a stage is evidence of each.
+    """
     numbers = [event["number"] for event in events if event.get("request") == deletion.id]
     first, last = min(numbers, default=0), max(numbers, default=0) if not deletion.open else float("inf")
-    shards = set(deletion.shards)
+    first_stages: dict[int, float] = {}
+    for shard, slice_ in deletion.places:
+        first_stages[shard] = min(slice_ or math.inf, first_stages.get(shard, math.inf))  # slice 0 is held out
     return [
         event
         for event in events
         if event.get("request") == deletion.id
-        or (first < event["number"] < last and event["kind"].startswith("stage_") and event.get("shard") in shards)
+        or (
+            first < event["number"] < last
+            and event["kind"].startswith("stage_")
+            and event["stage"] >= first_stages.get(event["shard"], math.inf)
+        )
         or (event["kind"] == "version_published" and event.get("version") in _versions(deletion))
     ]
 

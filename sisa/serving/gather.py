@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sisa.errors import SisaError, UserError
 from sisa.learners.columns import Columns
 
 MOST_ROWS = 64
@@ -52,7 +51,7 @@ class Gatherer:
         """Return the answer for some rows, or None if nobody can answer at once.
 
         Raises:
-            UserError: A row isn't what the recipe says it is.
+            UserError: A row isn't what the recipe says it is, or the user's model fails on it.
             NoConstituentError: No clean constituent is left.
         """
         loop = asyncio.get_running_loop()
@@ -84,17 +83,12 @@ class Gatherer:
     def _settle(self, asked: list[_Waiting]) -> None:
         try:
             whole = self._answer(self._read([row for waiting in asked for row in waiting.rows]))
-        except UserError as error:
-            if len(asked) > 1:  # somebody else's mistake: each for itself, and positions are right then
+        except Exception as error:  # noqa: BLE001 - whatever a model raises: else those who wait would wait for ever
+            if len(asked) > 1:  # may be somebody else's mistake: each for itself, and positions are right then
                 for waiting in asked:
                     self._settle([waiting])
             elif not asked[0].answer.done():
                 asked[0].answer.set_exception(error)
-            return
-        except (SisaError, ValueError, RuntimeError) as error:
-            for waiting in asked:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
             return
         start = 0
         for waiting in asked:

@@ -197,17 +197,43 @@ def _values(tensor: dict[str, Any], where: str, *, size: int | None, text: bool)
     if not isinstance(shape, list) or not isinstance(data, list):
         raise Refused(422, f"{where}: expected lists for shape and data", hint="Data are row-major.")
     allowed = ("BYTES", *NUMBERS[3:]) if text else NUMBERS
-    if datatype not in allowed:
+    if not isinstance(datatype, str) or datatype not in allowed:
         raise Refused(422, f"{where}.datatype: expected one of {', '.join(allowed)}", hint=NAMED)
     width = size or 1
     good = all(type(n) is int and n >= 0 for n in shape) and len(shape) in {1, 2} and shape[1:] in ([], [width])
     if not good or (size is not None and len(shape) == 1):
         expected = f"[rows, {width}]" if size is not None else "[rows] or [rows, 1]"
         raise Refused(422, f"{where}: expected the shape {expected}", hint=NAMED)
-    flat = [value for row in data for value in row] if data and all(isinstance(row, list) for row in data) else data
+    nested = any(isinstance(row, list) for row in data)
+    if nested and not (len(shape) == 2 and all(isinstance(row, list) and len(row) == width for row in data)):
+        raise Refused(
+            422, f"{where}: the nested data don't have the shape", hint="Or send them flat, in row-major order."
+        )
+    flat = [value for row in data for value in row] if nested else data
     if len(flat) != shape[0] * width:
         raise Refused(422, f"{where}: the data don't fill the shape", hint="Data are row-major, one value per element.")
+    if not all(_is_of(value, datatype) for value in flat):
+        raise Refused(
+            422, f"{where}: a value is not of the datatype {datatype}", hint="A value that is not known is null."
+        )
     return [flat[i : i + width] for i in range(0, len(flat), width)] if size is not None else flat
+
+
+def _is_of(value: object, datatype: str) -> bool:
+    """Say whether a value is one that a tensor's datatype can hold; null stands for a missing one."""
+    if value is None:
+        return True
+    if datatype == "BYTES":
+        return isinstance(value, str)
+    if datatype == "BOOL":
+        return value in {0, 1}
+    if isinstance(value, bool):
+        return False
+    if datatype.startswith("FP"):
+        return isinstance(value, int | float)
+    bits = int(datatype.removeprefix("U").removeprefix("INT"))
+    low, high = (0, 2**bits) if datatype.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return isinstance(value, int) and low <= value < high
 
 
 def _outputs(answered: Answered, names: list[str], predictions: Predictions) -> list[dict[str, Any]]:

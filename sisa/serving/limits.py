@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from anyio import CapacityLimiter
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,6 +52,20 @@ async def refuse(send: Send, refused: Refused) -> None:
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status_code, "headers": raw})
     await send({"type": "http.response.body", "body": body})
+
+
+class Threads:
+    """At most so many threads at a time for one kind of work; made when it is first asked for, on an event loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limiter: CapacityLimiter | None = None
+
+    def get(self) -> CapacityLimiter:
+        """Return what ``anyio.to_thread.run_sync`` takes as ``limiter``."""
+        if self._limiter is None:
+            self._limiter = CapacityLimiter(self._most)
+        return self._limiter
 
 
 class BodyLimit:

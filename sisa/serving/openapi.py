@@ -255,7 +255,7 @@ def _state(classes: list[bool | int | str]) -> JSON:
     numbers = ("version", "shards", "slices", "records", "subjects", "holdout_records", "open_requests")
     return _object({
         "store": TEXT, "now": TIME, "state": TEXT, **dict.fromkeys(numbers, INTEGER), "classes": _list({"enum": classes}),
-        "aggregation": TEXT, "stages": _list(_object(stage)), "versions": _list(_object(version)),
+        "aggregation": TEXT, "aggregation_in_use": TEXT, "stages": _list(_object(stage)), "versions": _list(_object(version)),
         "requests": _list({"$ref": "#/components/schemas/Request"}), "oldest_open_at": MAYBE_TIME,
         "replicas": _list(_object(replica)), "lease_seconds": {"type": "number"},
     })  # fmt: skip

@@ -7,10 +7,11 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from sisa.ensemble.live import rule_in_use
 from sisa.ledger import Ledger, StageRow, Version
 from sisa.opening import OpenStore
 from sisa.serving.deletions import described
-from sisa.store.status import status
+from sisa.store.status import summary
 
 MOST = 200
 """Versions and requests that are told, the newest."""
@@ -20,17 +21,16 @@ def overview(store: OpenStore, *, lease_s: float) -> dict[str, Any]:
     """Return where the store stands."""
     ledger = store.ledger
     with ledger.database.snapshot():
-        told = status(store)
         version = ledger.versions.live()
         waiting = ledger.requests.open()
         requests = [described(request) for request in ledger.requests.newest(MOST)]
         return {
             "store": store.layout.root.name,
             "now": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **{name: told[name] for name in ("version", "state", "shards", "slices")},
-            **{name: told[name] for name in ("records", "subjects", "holdout_records")},
+            **summary(store),
             "classes": store.classes,
             "aggregation": store.recipe.sisa.aggregation_name,
+            "aggregation_in_use": rule_in_use(store.recipe, ledger, version),
             "stages": _stages(store, version),
             "versions": _versions(ledger),
             "requests": requests,

@@ -16,13 +16,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sisa.errors import StoreError, UserError
+from sisa.execution.options import Execution
 from sisa.serving.app import Serving, create_app
 from sisa.serving.repairer import Repairer
+from sisa.serving.server import check_tls
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -33,6 +36,8 @@ LOOK_EVERY_S = 1.0
 ONGOING = 100
 """How many requests a replica works on at a time."""
 SHUTDOWN_S = 10
+POLL_S = 0.1
+TELL_AFTER_S = 15.0
 SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -51,36 +56,41 @@ def run(
     replicas: int,
     host: str,
     port: int,
-    address: str | None = None,
     tls: tuple[str, str] | None = None,
 ) -> None:
     """Serve until the process is told to stop (SIGINT, SIGTERM).
 
     Args:
-        serving: How the store is served.
+        serving: How the store is served. Its address is a running Ray cluster that this machine belongs to; without
+            one a cluster is started here and stopped.
         replicas: How many processes answer.
         host: Where the proxy listens.
         port: Its port; 0 takes a free one.
-        address: A running Ray cluster that this machine belongs to; without it one is started and stopped.
         tls: Certificate and key, PEM files.
 
     Raises:
         UserError: There is no store, no such cluster, no Ray Serve, or the address can't be listened on.
         StoreError: The store is damaged, or the replicas don't start.
     """
-    create_app(serving)  # what is wrong with the store is said before anything is started
+    # What is wrong is said before anything is started.
+    create_app(serving)
+    check_tls(tls)
+    Execution(address=serving.address).check()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     _ray_serve()
     port = _free_port(host, port)
     stopping = threading.Event()
-    with _cluster(address, cores=replicas + 1), _signals(stopping):
+    with _cluster(serving.address, cores=replicas + 1), _signals(stopping):
         serve = _ray_serve()
+        _check_cluster(replicas)
         repairer = Repairer(
             serving.layout, executor=serving.executor, address=serving.address, look_every_s=LOOK_EVERY_S
         )
         try:
             _deploy(serve, serving, replicas=replicas, host=host, port=port, tls=tls)
+            if not _came_up(serve, stopping):
+                return
             shown = f"[{host}]" if ":" in host else host
             sys.stderr.write(f"serving {'https' if tls else 'http'}://{shown}:{port}\n")
             sys.stderr.flush()
@@ -89,10 +99,7 @@ def run(
             stopping.wait()
         finally:
             repairer.stop()
-            if address is None:
-                serve.shutdown()
-            else:
-                serve.delete(NAME)  # what else is served there goes on
+            serve.shutdown()
 
 
 def _deploy(serve: Any, serving: Serving, *, replicas: int, host: str, port: int, tls: tuple[str, str] | None) -> None:
@@ -116,12 +123,57 @@ def _deploy(serve: Any, serving: Serving, *, replicas: int, host: str, port: int
         ray_actor_options={"num_cpus": 1, "resources": {f"node:{address}": 0.001}},
         logging_config=logs,
     )
+    target = serve.RunTarget(target=deployment.bind(), name=NAME, route_prefix="/", logging_config=logs)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _came_up(serve: Any, stopping: threading.Event) -> bool:
+    """Wait until every replica answers; say so if that takes long. False if we were told to stop meanwhile.
+
+    Raises:
+        StoreError: They can't be started.
+    """
+    tell_at_s = time.monotonic() + TELL_AFTER_S
+    while not stopping.wait(POLL_S):
+        application = serve.status().applications[NAME]
+        if application.status == "RUNNING":
+            return True
+        if application.status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+            raise StoreError(
+                f"the replicas didn't start: {application.message}",
+                hint="Look at Ray's logs; `sisa serve` without --replicas says more.",
+            )
+        if time.monotonic() > tell_at_s:
+            tell_at_s += TELL_AFTER_S
+            sys.stderr.write("waiting for the replicas: the cluster may have no free CPU for each of them\n")
+            sys.stderr.flush()
+    return False
+
+
+def _check_cluster(replicas: int) -> None:
+    """Make sure that the cluster can run the replicas, and that nothing else is served there.
+
+    Raises:
+        UserError: It can't, or something is.
+    """
+    import ray
+
+    here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    cores = sum(node["Resources"].get("CPU", 0) for node in nodes if node["NodeManagerAddress"] == here)
+    if cores < replicas:
+        raise UserError(
+            f"--replicas: {replicas} processes need a CPU each on this machine, of which the cluster has {cores:g} here",
+            hint="Ask for fewer, or give the cluster's node on this machine more.",
+        )
     try:
-        serve.run(deployment.bind(), name=NAME, route_prefix="/", logging_config=logs)
-    except RuntimeError as error:
-        raise StoreError(
-            f"the replicas didn't start: {error}", hint="Look at Ray's logs; `sisa serve` without --replicas says more."
-        ) from error
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise UserError(
+        "--address: Ray Serve runs on this cluster already, and a cluster has one address for all that it serves",
+        hint="End what is served there, take another cluster, or leave --address out.",
+    )
 
 
 def _builder(serving: Serving) -> Any:

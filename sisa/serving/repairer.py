@@ -14,7 +14,8 @@ from sisa.serving.stores import ThreadStores
 
 LOG = logging.getLogger("sisa.repairs")
 RETRY_S = 30.0
-"""After a repair that failed."""
+LONGEST_RETRY_S = 600.0
+"""After a repair that failed it is tried again, each time twice as late, or when somebody deletes."""
 STOP_S = 20.0
 """How long a repair may take to stop when the server does."""
 
@@ -78,8 +79,11 @@ class Repairer:
             self._wanted.clear()
             due = self._open_requests(stores)
             if due and (told or not due <= left):
+                pause_s = RETRY_S
                 while not self._stopping.is_set() and not self._repair():
-                    self._stopping.wait(RETRY_S)
+                    self._wanted.wait(pause_s)
+                    self._wanted.clear()
+                    pause_s = min(2 * pause_s, LONGEST_RETRY_S)
                 left = due & self._open_requests(stores)  # a success leaves some: before the first training has ended
 
     def _open_requests(self, stores: ThreadStores) -> frozenset[str]:

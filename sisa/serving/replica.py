@@ -36,9 +36,10 @@ from sisa.ensemble.live import Answer, LiveEnsemble, Loaded
 from sisa.errors import BusyError, DamagedError, NoConstituentError, SisaError, StoreError
 from sisa.layout import Layout
 from sisa.learners.columns import Columns
-from sisa.ledger import View
+from sisa.learners.flags import FLAGS, FlagsTakenError
+from sisa.ledger import HELD, View
 from sisa.opening import OpenStore, open_store
-from sisa.serving.stores import ledger_file
+from sisa.serving.stores import ledger_file, without_path
 
 LOG = logging.getLogger("sisa.replica")
 LEASE_S = 2.0
@@ -170,7 +171,13 @@ class Replica:
             NoConstituentError: No clean constituent is left.
         """
         bound = self._bound
-        return self._answer_from(bound, columns) if bound is not None and self._may_answer(bound) else None
+        if bound is None or not self._may_answer(bound):
+            return None
+        try:
+            with FLAGS.without_waiting():
+                return self._answer_from(bound, columns)
+        except FlagsTakenError:  # a large batch is being answered, or a stage loaded
+            return None
 
     def _answer_from(self, bound: _Bound, columns: Columns) -> Answer | None:
         """Return the answer, or None if it was taken back while it was computed."""
@@ -221,7 +228,7 @@ class Replica:
             except BusyError:
                 self._lease_trouble = "the store's ledger is locked by another process"
             except Exception as error:  # noqa: BLE001 - whatever it is: go on refusing, and try again
-                self._lease_trouble = _told(error, before=self._lease_trouble)
+                self._lease_trouble = self._told(error, before=self._lease_trouble)
                 if ledger is not None and (isinstance(error, DamagedError) or not isinstance(error, SisaError)):
                     ledger.close()
                     ledger = None
@@ -241,7 +248,7 @@ class Replica:
             started_s = elapsed_s()
             view = replicas.register(self.id, lease_s=self.lease_s)
         ledger.check_place()
-        self._take_in(view, until_s=started_s + self.lease_s if view.renews else None)
+        self._take_in(view, until_s=started_s + HELD * self.lease_s if view.renews else None)
         if not view.renews:
             replicas.confirm(self.id, view.floor)
 
@@ -286,7 +293,7 @@ class Replica:
                     self._load(ensemble, era)
                 self._load_trouble = ""
             except Exception as error:  # noqa: BLE001 - whatever it is: go on refusing, and try again
-                self._load_trouble = _told(error, before=self._load_trouble)
+                self._load_trouble = self._told(error, before=self._load_trouble)
                 _close(ensemble)
                 ensemble = None
                 self._stopping.wait(RETRY_S)
@@ -314,6 +321,16 @@ class Replica:
         with self._changed:
             self._bound = _Bound(loaded, era)
             self._changed.notify_all()
+
+    def _told(self, error: Exception, *, before: str) -> str:
+        """Return what to say about an error. It is logged when it is news, and an unforeseen one with its trace."""
+        if isinstance(error, SisaError):
+            text, trace = without_path(error.message, self._layout), None
+        else:
+            text, trace = f"unexpected {type(error).__name__}", error
+        if text != before:
+            LOG.error("%s", text, exc_info=trace)
+        return text
 
 
 @dataclass(frozen=True)
@@ -369,14 +386,6 @@ def _close(ensemble: LiveEnsemble | None) -> None:
 
 def _new_id() -> str:
     return f"r-{secrets.token_hex(6)}"
-
-
-def _told(error: Exception, *, before: str) -> str:
-    """Return what to say about an error. It is logged when it is news, and an unforeseen one with its trace."""
-    text = error.message if isinstance(error, SisaError) else f"unexpected {type(error).__name__}"
-    if text != before:
-        LOG.error("%s", text, exc_info=None if isinstance(error, SisaError) else error)
-    return text
 
 
 def wait_until_serving(replica: Replica, *, timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import ssl
@@ -12,11 +13,13 @@ import uvicorn
 
 from sisa.errors import StoreError, UserError
 from sisa.serving.app import Serving, create_app
+from sisa.serving.connections import Impatient
 from sisa.serving.logs import log_config
 from sisa.serving.shortcut import Shortcut
 
 SHUTDOWN_S = 10
 """How long requests may take to end after the server was told to stop."""
+MOST_FILES = 65_536
 
 
 def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None = None) -> None:
@@ -26,16 +29,18 @@ def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None =
         UserError: There is no store, the address can't be listened on, or the TLS files can't be used.
         StoreError: The store is damaged, or the server didn't come up.
     """
-    if tls is not None:
-        _check_tls(*tls)
+    check_tls(tls)
     app = create_app(serving, access=sys.stderr)
     listening = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if tls else "http"
     sys.stderr.write(f"serving {scheme}://{shown}:{listening.getsockname()[1]}\n")
     sys.stderr.flush()
+    _allow_many_connections()
     config = uvicorn.Config(
         Shortcut(app),
+        http=Impatient,
+        proxy_headers=False,  # anybody can write them: a peer is who is connected
         log_config=log_config(),
         access_log=False,
         ws="none",
@@ -49,6 +54,13 @@ def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None =
     server.run(sockets=[listening])
     if not server.started:
         raise StoreError("the server didn't come up", hint="The lines above say where it failed.")
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of open files to what the system allows this process: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or soft < min(hard, MOST_FILES):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MOST_FILES)), hard))
 
 
 def _end_quietly(server: uvicorn.Server) -> None:
@@ -77,8 +89,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _check_tls(certificate: str, key: str) -> None:
-    for name in (certificate, key):
+def check_tls(tls: tuple[str, str] | None) -> None:
+    """Make sure that a certificate and its key can be used; None is no TLS.
+
+    Raises:
+        UserError: They can't.
+    """
+    if tls is None:
+        return
+    certificate, key = tls
+    for name in tls:
         if not Path(name).is_file():
             raise UserError(f"TLS file {name!r}: there is no such file", hint="Give PEM files.")
     try:

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from sisa.errors import SisaError
 from sisa.serving import doors, limits, logs
-from sisa.serving.app import Service, answer_error
+from sisa.serving.app import Service
 
 PATH = "/predict"
 
@@ -27,6 +27,7 @@ class Shortcut:
         service: Service = app.state.service
         serving = service.serving
         self._app = app
+        self._service = service
         self._door: doors.Door = app.state.door
         self._predictions = service.predictions
         self._route = SimpleNamespace(path=PATH)
@@ -51,5 +52,5 @@ class Shortcut:
         except HTTPException as error:
             response = await doors.answer_refusal(request, error)
         except SisaError as error:
-            response = await answer_error(request, error)
+            response = await self._service.answer_error(request, error)
         await response(scope, receive, send)

@@ -43,6 +43,11 @@ class ThreadStores:
         return opened
 
 
+def without_path(text: str, layout: Layout) -> str:
+    """Return a message without where the store lies: what is answered and logged is for others too."""
+    return text.replace(str(layout.root), "the store")
+
+
 def ledger_file(path: str) -> tuple[int, int]:
     """Say which file the ledger's path names, for each request. It is not opened: closing it would drop SQLite's locks.
 

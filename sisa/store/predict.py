@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sisa.ensemble.live import LiveEnsemble, predicted_classes
-from sisa.errors import StoreError, UserError
+from sisa.ensemble.live import Answer, LiveEnsemble, predicted_classes
+from sisa.errors import NoScoreError, StoreError, UserError
 from sisa.files import replacing
-from sisa.learners.columns import columns_from_table
+from sisa.learners.columns import Columns, columns_from_table
 from sisa.opening import OpenStore
 from sisa.progress import Reporter, Silent
 from sisa.recipe import label_text
@@ -122,7 +122,7 @@ def _answer(opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: P
         with table_writer(scratch, schema) as writer:
             for batch in table.batches():
                 features = feature_table(batch, opened.recipe)
-                answer = ensemble.answer(columns_from_table(features, opened.recipe))
+                answer = _answered(ensemble, columns_from_table(features, opened.recipe), rows_before=rows)
                 oldest = min(oldest or answer.version, answer.version)
                 voters = answer.voters
                 rows += batch.num_rows
@@ -141,6 +141,13 @@ def _answer(opened: OpenStore, ensemble: LiveEnsemble, table: Source, scratch: P
     finally:
         reporter.end()
     return Prediction("", rows, oldest, voters, opened.classes)
+
+
+def _answered(ensemble: LiveEnsemble, columns: Columns, *, rows_before: int) -> Answer:
+    try:
+        return ensemble.answer(columns)
+    except NoScoreError as error:
+        raise error.after(rows_before) from error
 
 
 def _predictions(classes: list[bool | int | str], kind: pa.DataType) -> pa.Array:

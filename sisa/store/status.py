@@ -14,8 +14,20 @@ def status(store: OpenStore) -> dict[str, Any]:
     ledger = store.ledger
     with ledger.database.snapshot():
         version = ledger.versions.live()
-        partitions = ledger.partitions.all()
         waiting = {shard for request in ledger.requests.open() for shard in request.shards}
+        return {
+            **summary(store),
+            "requests": [request_json(request) for request in ledger.requests.all()],
+            "constituents": [_constituent(store, version, shard, waiting) for shard in range(store.shards)],
+        }
+
+
+def summary(store: OpenStore) -> dict[str, Any]:
+    """Return the part of the state that is as large for any number of requests."""
+    ledger = store.ledger
+    with ledger.database.snapshot():
+        version = ledger.versions.live()
+        partitions = ledger.partitions.all()
         return {
             "version": version.number,
             "state": _state(store, version, repair_due=bool(ledger.requests.open())),
@@ -24,8 +36,6 @@ def status(store: OpenStore) -> dict[str, Any]:
             "holdout_records": sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
             "shards": store.shards,
             "slices": store.slices,
-            "requests": [request_json(request) for request in ledger.requests.all()],
-            "constituents": [_constituent(store, version, shard, waiting) for shard in range(store.shards)],
         }
 
 

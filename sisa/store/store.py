@@ -379,13 +379,17 @@ class Store:
         """
         from sisa.store.measure import measure
 
-        version = self.version
-        found = measure(self.opened, self.ensemble)
-        if found is not None and self.version == version:
+        found = measure(self.opened, self.ensemble.answer)
+        if found is None:
+            return None
+        if found.version:
             self.opened.ledger.versions.measured(
-                version, accuracy=found.accuracy, log_loss=found.log_loss, records=found.records
+                found.version,
+                accuracy=found.metrics.accuracy,
+                log_loss=found.metrics.log_loss,
+                records=found.metrics.records,
             )
-        return found
+        return found.metrics
 
     def request(self, identifier: str) -> Request:
         """Return one deletion request.

@@ -39,7 +39,7 @@ const STAGES = [
 ];
 const STAGE_NAMES = Object.fromEntries(STAGES);
 const REGIMES = { gdpr: "GDPR", ccpa: "CCPA" };
-const CAUSES = { train: "Training", quarantine: "Quarantine", repair: "Repair", upgrade: "Upgrade" };
+const CAUSES = { train: "Training", quarantine: "Quarantine", repair: "Repair", upgrade: "Upgrade", fit: "Aggregation fitted" };
 
 /** What is emptied at signing out: all that came from the server. */
 const SERVED = [
@@ -451,6 +451,10 @@ function show(state) {
   tick();
 }
 
+function aggregation({ aggregation: declared, aggregation_in_use: used }) {
+  return declared === used ? used : `the ${used} until ${declared.replaceAll("_", " ")} is fitted again`;
+}
+
 function showStatus(state) {
   const open = state.open_requests;
   document.title = `${state.store}${open ? ` · ${open} open` : ""} · sisa`;
@@ -458,7 +462,7 @@ function showStatus(state) {
   const sizes = [
     `${count(state.records, "record", "records")} of ${count(state.subjects, "subject", "subjects")}`,
     `${count(state.shards, "shard", "shards")} × ${count(state.slices, "slice", "slices")}`,
-    `${count(state.classes.length, "class", "classes")}, aggregated by ${state.aggregation}`,
+    `${count(state.classes.length, "class", "classes")}, aggregated by ${aggregation(state)}`,
     count(state.holdout_records, "holdout record", "holdout records"),
   ];
   patch($("summary"), sizes, (text) => text, (text) => el("li", {}, text), () => {});
@@ -764,6 +768,7 @@ function curve(state, { x, y }) {
 function markPath(cause, x, y, r) {
   if (cause === "quarantine") return `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`;
   if (cause === "repair") return `M${x} ${y - r - 1.5}L${x + r + 1.5} ${y}L${x} ${y + r + 1.5}L${x - r - 1.5} ${y}z`;
+  if (cause === "fit") return `M${x} ${y + r + 1}L${x + r + 1} ${y - r}L${x - r - 1} ${y - r}z`;
   if (cause === "upgrade") return `M${x} ${y - r - 1}L${x + r + 1} ${y + r}L${x - r - 1} ${y + r}z`;
   return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`;
 }
