@@ -138,6 +138,8 @@ def test_a_running_cluster_answers_over_https_and_retrains(
             serving_kit.wait_for(repaired, what=lambda: "the cluster has retrained")
             evidence = asking.get(f"/deletions/{told['request']}").json()["evidence"]
             assert evidence["stages_retrained"]
+            # Another server there would take this one's place.
+            assert "Ray Serve runs on this cluster already" in refused(server.store, "--address", address)
             assert server.stop() == 0
         assert process.stdin is not None
         assert process.stdout is not None
@@ -145,6 +147,30 @@ def test_a_running_cluster_answers_over_https_and_retrains(
         process.stdin.flush()
         actors, cores = process.stdout.readline().split()
         assert float(cores) == 4.0, f"{actors} actors are left on the cluster"
+
+
+def refused(store: Path, *options: str) -> str:
+    """Start a server that must not start, and return what it says."""
+    command = [sys.executable, "-m", "sisa", "serve", "--store", str(store), "--port", "0", *options]
+    done = subprocess.run(command, stderr=PIPE, text=True, timeout=kit.PATIENCE_S, check=False)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_without_a_core_for_each_replica_is_refused(
+    binary_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cluster(monkeypatch) as (address, _):
+        assert "6 processes need a CPU each" in refused(binary_store, "--address", address, "--replicas", "6")
+
+
+def test_replicas_with_a_certificate_that_is_none_are_refused(binary_store: Path, tmp_path: Path) -> None:
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).write_text("nothing")
+    options = ("--tls-certificate", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem"))
+    assert "can't be used together" in refused(binary_store, "--replicas", "1", *options)
 
 
 def test_an_address_where_nobody_is_starts_nothing(binary_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
