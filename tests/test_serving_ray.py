@@ -81,9 +81,9 @@ def test_nobody_hears_from_the_deleted_even_if_a_replica_stands_still(tmp_path: 
     kit.check_members(store, [*deleter.done, *caller.done])
 
 
-def test_an_address_is_for_replicas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", "--store", str(tmp_path), "--address", "auto"]) == 2
-    assert "--address is for --replicas" in capsys.readouterr().err
+def test_an_address_that_is_none_is_noticed_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--store", str(tmp_path), "--address", "nowhere"]) == 2
+    assert "expected host:port or auto" in capsys.readouterr().err
 
 
 def test_without_a_store_nothing_is_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,9 @@ from sisa.errors import UserError
 )
 @click.option("--tls-key", type=click.Path(), metavar="FILE", help="PEM, the certificate's private key.")
 @click.option("--replicas", type=click.IntRange(1), metavar="N", help="Answer from N processes, behind Ray Serve.")
-@click.option("--address", metavar="RAY", help="With --replicas: a running Ray cluster, e.g. head:6379 or auto.")
+@click.option(
+    "--address", metavar="RAY", help="A running Ray cluster, e.g. head:6379 or auto, for repairs and replicas."
+)
 def serve(
     store: str,
     host: str,
@@ -59,19 +61,20 @@ def serve(
       curl -H "Authorization: Bearer $TOKEN" -d '{"rows": [{"age": 41}]}' \
            -H "Content-Type: application/json" http://127.0.0.1:8080/predict
     """
+    from sisa.execution.options import Execution
     from sisa.layout import Layout
     from sisa.serving.app import Serving
 
     if bool(tls_certificate) != bool(tls_key):
         raise UserError("--tls-certificate and --tls-key belong together", hint="Give both, or neither.")
-    if address is not None and replicas is None:
-        raise UserError("--address is for --replicas", hint="Without --replicas this process answers by itself.")
+    Execution(address=address).check()  # a repair would notice much later, and only in the log
     sys.path.insert(0, str(Path.cwd()))
     serving = Serving(
         layout=Layout.at(store),
         lease_s=lease_s,
         open_prediction=open_prediction,
         repairs=not no_repair,
+        address=address,
         rate_per_second=rate,
         max_rows=max_rows,
         max_bytes=max_megabytes * 2**20,
