@@ -17,18 +17,22 @@ from cli_kit import ROOT, Cli, command, one_object, prepare, process, surroundin
 from sisa.cli import main
 from sisa.cli.options import spread_ids
 
-VERBS = ["train", "delete", "repair", "status", "predict", "verify"]
+VERBS = ["train", "delete", "repair", "status", "predict", "verify", "submit"]
 HEAVY = ["torch", "ray", "numpy", "pyarrow", "zarr", "pydantic", "sqlite3"]
 OPTIONS = {
     "train": ["CONFIG.yaml", "--store", "--set", "--executor", "--address", "--workers", "--json"],
     "delete": [
-        "--store", "--subject", "--record", "--from", "--reason", "--defer", "--ignore-missing", "--executor",
+        "--store", "--subject", "--record", "--from", "--reason", "--defer", "--ignore-missing", "--no-ids", "--executor",
         "--address", "--workers", "--json",
     ],
     "repair": ["--store", "--executor", "--address", "--workers", "--json"],
     "status": ["--store", "[REQUEST]", "--json"],
     "predict": ["--store", "INPUT.parquet", "--output", "--json"],
     "verify": ["--store", "--replay none|all|N", "--executor", "--address", "--workers", "--json"],
+    "submit": [
+        "--address", "--env", "--include", "--package this|installed|WHEEL", "--python", "--cpus", "--no-wait", "--attach",
+        "--stop", "--json", "COMMAND...",
+    ],
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import click
 
 from sisa.cli.options import execution_options, json_option, print_json, store_option, valid_text
 from sisa.cli.reporting import reporter
-from sisa.cli.wording import deletion_lines
-from sisa.errors import UserError
+from sisa.cli.wording import counted, deletion_lines
+from sisa.errors import UnknownIdsError, UserError
 
 
 @click.command()
@@ -32,6 +32,7 @@ from sisa.errors import UserError
 )
 @click.option("--defer", is_flag=True, help="Erase now, retrain later with `sisa repair`.")
 @click.option("--ignore-missing", is_flag=True, help="Skip ids that the store doesn't know, even if it knows none.")
+@click.option("--no-ids", is_flag=True, help="Name no id in answers and messages, for logs that others read.")
 @execution_options
 @json_option
 def delete(
@@ -42,6 +43,7 @@ def delete(
     reason: str,
     defer: bool,
     ignore_missing: bool,
+    no_ids: bool,
     executor: str,
     address: str | None,
     workers: int | None,
@@ -73,19 +75,25 @@ def delete(
         data = opened.opened.recipe.data
         kind, ids = read_ids(file, subject_column=data.subject_column, record_column=data.record_id)
         subjects, records = (tuple(ids), ()) if kind == "subject" else ((), tuple(ids))
-    done = opened.delete(
-        subjects=subjects,
-        records=records,
-        reason=reason,
-        defer=defer,
-        ignore_missing=ignore_missing,
-        executor=executor,
-        address=address,
-        workers=workers,
-        reporter=reporter(),
-    )
+    try:
+        done = opened.delete(
+            subjects=subjects,
+            records=records,
+            reason=reason,
+            defer=defer,
+            ignore_missing=ignore_missing,
+            executor=executor,
+            address=address,
+            workers=workers,
+            reporter=reporter(),
+        )
+    except UnknownIdsError as error:
+        if not no_ids:
+            raise
+        count = len(error.missing)
+        raise UserError(f"{counted(count, 'id')} not in the store; nothing was changed", hint=error.hint) from None
     if as_json:
-        print_json(done.as_dict())
+        print_json({**done.as_dict(), **({"missing": None} if no_ids else {})})
         return
     for line in deletion_lines(done):
         click.echo(line)

@@ -20,6 +20,7 @@ from sisa.cli.predict import predict
 from sisa.cli.repair import repair
 from sisa.cli.serve import serve
 from sisa.cli.status import status
+from sisa.cli.submit import submit
 from sisa.cli.token import token
 from sisa.cli.train import train
 from sisa.cli.verify import verify
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for command in (train, delete, repair, status, predict, verify, serve, token):
+for command in (train, delete, repair, status, predict, verify, serve, token, submit):
     cli.add_command(command)
 for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(words: list[str]) -> int:
     """Run one command; return its exit code."""
-    as_json = "--json" in words
+    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     if words[:1] == ["--json"]:  # before the verb it means the same
         words = [*words[1:2], *words[:1], *words[2:]] if words[1:] else []
     try:

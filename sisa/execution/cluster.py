@@ -47,8 +47,9 @@ def run_on_ray(
         UserError: There is no cluster at ``address``.
         StoreError: Workers of one chain died again and again.
     """
-    threads = max((task.recipe.training.threads for task in tasks), default=1)
-    gpus = 1 if any(task.recipe.training.device == "cuda" for task in tasks) else 0
+    devices = max((task.recipe.workers.devices_per_shard for task in tasks), default=1)  # all of them on one node
+    threads = devices * max((task.recipe.training.threads for task in tasks), default=1)
+    gpus = devices if any(task.recipe.training.device == "cuda" for task in tasks) else 0
     with connected(address, cores=workers * threads) as ray:
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, num_returns="streaming")(_chain_events)
         waiting = [(task, 1) for task in tasks]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from sisa.errors import SisaError, UserError
@@ -21,11 +22,13 @@ from sisa.learners.optimizers import build_optimizer
 from sisa.learners.preprocess import FIRST_CODE
 from sisa.learners.resident import Resident
 from sisa.learners.schedules import build_schedule
+from sisa.learners.shared import ALONE, require_shareable
 from sisa.recipe import Recipe
 from sisa.state import StageState, full_digest
 
 ROWS = 4
 SEED = 20
+BUFFER = "buffer."
 GUESSED_VOCABULARY = 2
 """Values that a categorical feature is taken to have where the recipe doesn't say: a shard's own slice will."""
 
@@ -50,6 +53,8 @@ def check_model(recipe: Recipe) -> None:
             raise
         except Exception as error:  # noqa: BLE001 - it is the user's code: anything may come
             _refuse(recipe, f"a step of training failed with {type(error).__name__}: {error}")
+    if recipe.workers.devices_per_shard > 1:
+        _require_shareable(recipe, middle, end)
     if full_digest(end) != full_digest(again):
         _refuse(
             recipe,
@@ -62,6 +67,20 @@ def check_model(recipe: Recipe) -> None:
             "training on from a stored state differs from training straight through",
             hint="Keep what changes during training in parameters or in buffers (register_buffer).",
         )
+
+
+def _require_shareable(recipe: Recipe, middle: StageState, end: StageState) -> None:
+    """Refuse a model of which each process would have its own."""
+    seed_everything(SEED)
+    require_shareable(build_model(recipe, probe_shape(recipe), len(recipe.data.classes or [])))
+    for name in sorted(name for name in end.tensors if name.startswith(BUFFER)):
+        if not np.array_equal(middle.tensors[name], end.tensors[name]):
+            _refuse(
+                recipe,
+                f"its buffer {name.removeprefix(BUFFER)!r} changes while it trains, and each of the "
+                "workers.devices_per_shard processes would have its own; that is not supported yet",
+                hint=ALONE,
+            )
 
 
 def probe_shape(recipe: Recipe) -> tuple[int, ...]:

@@ -21,12 +21,16 @@ def training_identity(recipe: Recipe) -> dict[str, Any]:
     data["holdout"] = {"fraction": recipe.data.holdout.fraction, "second": recipe.data.holdout.source is not None}
     data["subject_id"] = recipe.data.subject_column
     data["classes"] = recipe.data.class_names
+    devices = recipe.workers.devices_per_shard
     return {
         "data": data,
         "model": content["model"],
         "training": content["training"],
         "shards": recipe.sisa.shards,
         "slices": recipe.sisa.slices,
+        **(
+            {"devices_per_shard": devices} if devices > 1 else {}
+        ),  # one process is what there was before there were many
     }
 
 
@@ -59,6 +63,8 @@ def _value(fields: dict[str, object], path: str) -> str:
 
 
 def _named(path: str) -> str:
+    if path == "devices_per_shard":
+        return f"workers.{path}"
     return f"sisa.{path}" if path in {"shards", "slices", "aggregation", "aggregation.table"} else path
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from sisa.errors import RecipeError, UserError
-from sisa.recipe import schema
+from sisa.recipe import schema, workers
 from sisa.recipe.schema import Recipe
 from sisa.recipe.wording import number_hint
 
@@ -28,6 +28,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("training", "schedule"): schema.ScheduleSpec,
     ("sisa",): schema.SisaSpec,
     ("routing",): schema.RoutingSpec,
+    ("workers",): workers.WorkersSpec,
 }
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from sisa.planning.epochs import largest_slices
 from sisa.recipe.wording import number_hint, repeated, some_of
+from sisa.recipe.workers import WorkersSpec
 
 BUILTIN_MODELS = ("mlp", "cnn", "logistic")
 RESERVED_PREFIX = "_sisa_"
@@ -384,6 +385,7 @@ class Recipe(Section):
     training: TrainingSpec
     sisa: SisaSpec
     routing: RoutingSpec = RoutingSpec()
+    workers: WorkersSpec = WorkersSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -397,6 +399,13 @@ class Recipe(Section):
             )
         if self.model.name == "cnn" and self.data.image is None:
             problems.append("model.name: cnn needs data.image: {height: ..., width: ..., channels: ...}")
+        if self.workers.devices_per_shard > 1 and self.model.batch_norm:
+            problems.append("model.batch_norm: not supported yet with workers.devices_per_shard above 1")
+        if self.workers.devices_per_shard > self.training.batch_size:
+            problems.append(
+                f"workers.devices_per_shard: {self.workers.devices_per_shard} processes can't share a batch of "
+                f"{self.training.batch_size}; expected at most training.batch_size"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -13,12 +13,13 @@ A worker needs the store's folder, its shard's derived keys and nothing else: no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from sisa.lineage import stage_key
 from sisa.planning.epochs import epoch_budget
 from sisa.recipe import Recipe
 from sisa.routing.keys import ShardKeys
-from sisa.state import StageState
+from sisa.state import StageState, full_digest
 from sisa.training.events import Report, StageDone, Trained
 from sisa.training.order import batch_count
 from sisa.training.platform import fingerprint, platform_id
 from sisa.training.rows import read_slice
 from sisa.training.stage import Stopped, TrainingError, train_stage
+from sisa.training.together import Together, task_data
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ def run_chain(task: ChainTask, report: Report) -> None:
         _Chain(task, layout, stopped, report).walk()
 
 
+def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
+    """Read what a stage starts from, for a process that trains it with the one that walks the chain.
+
+    Raises:
+        StaleError: The rows are not those that the task was planned with.
+        DamagedError: A stage or a partition is damaged.
+        FootingError: This process runs other code or another platform than the chain's.
+    """
+    _check_footing(task)
+    return _Chain(task, Layout(Path(task.root)), lambda: False, lambda _: None).inputs(stage)
+
+
 class _Chain:
     """The walk along one chain, with what it has read so far."""
 
@@ -120,18 +134,20 @@ class _Chain:
         self._report = report
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
         self._keys = chain_keys(task)
-        self._checkpoints.sweep(task.shard, keep=self._kept)  # what a killed worker left unfinished
+        self._together = Together(task.recipe)
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
     def walk(self) -> None:
         """Reuse what is there, train what isn't."""
-        for stage in range(1, len(self._keys) + 1):
-            manifest = self._found(stage)
-            reused = manifest is not None
-            if manifest is None:
-                manifest = self._train(stage)
-            self._report(StageDone(_row(self._task, manifest), reused=reused))
+        self._checkpoints.sweep(self._task.shard, keep=self._kept)  # what a killed worker left unfinished
+        with contextlib.closing(self._together):
+            for stage in range(1, len(self._keys) + 1):
+                manifest = self._found(stage)
+                reused = manifest is not None
+                if manifest is None:
+                    manifest = self._train(stage)
+                self._report(StageDone(_row(self._task, manifest), reused=reused))
 
     def _kept(self, identity: StageId) -> bool:
         """Healing removes stages that nobody entered and no record calls for: a restored backup's, for instance."""
@@ -177,10 +193,10 @@ class _Chain:
         parent, columns = self._parent(stage), self._columns(stage)
         started = time.monotonic()
         state = self._guarded(
+            stage,
             recipe=task.recipe,
             class_count=len(task.recipe.data.classes or []),
             shard=task.shard,
-            stage=stage,
             epochs=epochs,
             parent=parent,
             columns=columns,
@@ -204,19 +220,30 @@ class _Chain:
             steps=epochs * batch_count(records=records, batch_size=task.recipe.training.batch_size),
         )
 
-    def _guarded(self, **arguments: Any) -> StageState:
+    def _guarded(self, stage: int, **arguments: Any) -> StageState:
         """Train; what a user's model raises becomes a message without values, which may be somebody's."""
         try:
-            return train_stage(**arguments)
+            if self._task.recipe.workers.devices_per_shard > 1 and arguments["columns"].count:
+                return self._together.train(self._told(**arguments, stage=stage), stage=stage, **arguments)
+            return train_stage(stage=stage, **arguments)
         except SisaError:
             raise
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise TrainingError(
-                f"training stage {arguments['stage']} of shard {arguments['shard']} failed: "
+                f"training stage {stage} of shard {arguments['shard']} failed: "
                 f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}",
                 hint="Check the model and the size of the batches against the memory; what was trained is kept.",
             ) from error
+
+    def _told(self, *, stage: int, epochs: int, parent: StageState, **_: Any) -> dict[str, Any]:
+        """What the processes that train a stage with us are told; they read the inputs themselves."""
+        known = {self._keys[stage - 2]: full_digest(parent)} if stage > 1 else {}
+        return {"task": task_data(replace(self._task, known=known)), "epochs": epochs}
+
+    def inputs(self, stage: int) -> tuple[StageState, Columns]:
+        """Read what a stage starts from."""
+        return self._parent(stage), self._columns(stage)
 
     def _columns(self, stage: int) -> Columns:
         """Read the rows of slices 1..stage, each slice once, and make sure that they are the expected ones."""

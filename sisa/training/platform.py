@@ -23,6 +23,7 @@ from sisa.learners.optimizers import implementation
 from sisa.lineage import SEMANTICS
 from sisa.recipe import Recipe
 from sisa.state import JSON
+from sisa.training.group import backend
 from sisa.training.steering import steering
 
 __all__ = ["fingerprint", "platform_id", "training_flags"]
@@ -48,7 +49,14 @@ def fingerprint(recipe: Recipe) -> dict[str, JSON]:
         "optimizer": implementation(recipe),
         "memory_format": "channels_last" if wants_channels_last(recipe) else "contiguous",
         "environment": steering(device.type),
+        **_together(recipe),
     }
+
+
+def _together(recipe: Recipe) -> dict[str, JSON]:
+    """Say how many processes train a shard, if it is more than one."""
+    count = recipe.workers.devices_per_shard
+    return {"processes": count, "exchange": backend(recipe.training.device)} if count > 1 else {}
 
 
 def platform_id(fingerprint: dict[str, JSON]) -> str:

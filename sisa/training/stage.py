@@ -27,6 +27,7 @@ from sisa.learners.optimizers import Optimizer, build_optimizer
 from sisa.learners.preprocess import Preprocessor
 from sisa.learners.resident import Resident
 from sisa.learners.schedules import Schedule, build_schedule
+from sisa.learners.shared import Exchange, SharedGradients, require_shareable
 from sisa.recipe import Recipe
 from sisa.routing.keys import ShardKeys
 from sisa.state import JSON, StageState
@@ -56,6 +57,7 @@ def train_stage(
     keys: ShardKeys,
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
+    group: Exchange | None = None,
 ) -> StageState:
     """Train one stage and return its full state.
 
@@ -70,6 +72,7 @@ def train_stage(
         keys: The shard's keys.
         should_stop: Asked several times a second.
         on_progress: Told, several times a second, how many records *more* went through the model.
+        group: This process's place among those that train the stage together, each on its part of every batch.
 
     Returns:
         The state; an empty one if there are no records.
@@ -82,11 +85,13 @@ def train_stage(
     if not columns.count:
         return StageState()
     with training_flags(recipe):
-        run = _Run(recipe, class_count=class_count, shard=shard, parent=parent, columns=columns)
+        run = _Run(recipe, class_count=class_count, shard=shard, parent=parent, columns=columns, group=group)
         watch = _Watch(should_stop, on_progress, what=f"stage {stage} of shard {shard}")
         seed = recipe.training.seed
+        # Each process draws its own random numbers for its part (dropout); the first one those of a process alone.
+        own = () if group is None or group.rank == 0 else (group.rank,)
         for epoch in range(epochs):
-            seed_everything(derived_seed("sisa-epoch", seed, shard, stage, epoch))
+            seed_everything(derived_seed("sisa-epoch", seed, shard, stage, epoch, *own))
             run.epoch(epoch_order(keys.order, columns.uids_N, seed=seed, stage=stage, epoch=epoch), watch)
         watch.look()
         run.check(shard=shard, stage=stage)
@@ -122,7 +127,16 @@ class _Watch:
 class _Run:
     """Everything that a stage holds while it trains."""
 
-    def __init__(self, recipe: Recipe, *, class_count: int, shard: int, parent: StageState, columns: Columns) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        class_count: int,
+        shard: int,
+        parent: StageState,
+        columns: Columns,
+        group: Exchange | None,
+    ) -> None:
         device = device_of(recipe)
         if parent.empty:
             self._seed = derived_seed("sisa-init", recipe.training.seed, shard)
@@ -143,6 +157,9 @@ class _Run:
             self._optimizer.restore(parent)  # after the schedule, which sets a learning rate when it is built
         resident = Resident.of(columns, self._preprocessor, recipe=recipe, device=device)
         self._gradients: Gradients = build_gradients(recipe, self._module, resident)
+        if group is not None:
+            require_shareable(self._module)
+            self._gradients = SharedGradients(self._gradients, list(trainable(self._module).values()), group)
         self._labels_N = torch.tensor(columns.labels_N, device=device)
         self._sizes = batch_sizes(records=columns.count, batch_size=recipe.training.batch_size)
 
