@@ -18,6 +18,7 @@ from sisa.recipe.schema import (
     TrainingSpec,
     label_text,
 )
+from sisa.recipe.workers import WorkersSpec
 
 __all__ = [
     "BUILTIN_MODELS",
@@ -33,6 +34,7 @@ __all__ = [
     "ScheduleSpec",
     "SisaSpec",
     "TrainingSpec",
+    "WorkersSpec",
     "difference",
     "dump_recipe",
     "label_text",

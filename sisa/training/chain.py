@@ -64,6 +64,8 @@ class ChainTask:
     """Verify every byte of the stages that are reused, instead of the last one's only."""
     heal: bool
     """Retrain a damaged stage instead of reporting it."""
+    snapshot_every_s: float | None = None
+    """Seconds of training between two recovery snapshots of a stage; None for none."""
 
     @property
     def shard(self) -> int:
@@ -186,7 +188,7 @@ class _Chain:
             columns=columns,
             keys=task.keys,
             should_stop=self._stopped,
-            on_progress=lambda done: self._report(Trained(done)),
+            on_progress=lambda done: self._report(Trained(task.shard, done)),
         )
         seconds = time.monotonic() - started
         if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
