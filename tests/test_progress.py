@@ -95,8 +95,7 @@ def test_the_rate_is_that_of_the_last_while():
 
 def test_a_log_gets_whole_lines_now_and_then(capsys, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(reporting.time, "monotonic", clock)
-    monkeypatch.setattr(Pace.__init__, "__kwdefaults__", {"clock": clock})
+    monkeypatch.setattr("time.monotonic", clock)
     lines = reporting.Lines()
     lines.begin("training", 1_000)
     lines.stages(0, 4)

@@ -14,13 +14,13 @@ SAMPLE_EVERY_S = 0.5
 class Pace:
     """One piece of work: its units done, its stages, its rate."""
 
-    def __init__(self, what: str, total: int | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, total: int | None, *, clock: Callable[[], float] | None = None) -> None:
         self.what = what
         self.total = total or 0
         self.stages: tuple[int, int] | None = None
         """How many are made, of how many; None for work without stages."""
-        self._clock = clock
-        self.started = clock()
+        self._clock = clock or time.monotonic
+        self.started = self._clock()
         self._worked = 0
         self._found = 0
         self._samples = deque([(self.started, 0)])
