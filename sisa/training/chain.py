@@ -1,7 +1,8 @@
 """One shard's chain: make the stages that its current records call for.
 
 Training, resuming, retraining after a deletion and replaying are this one walk. Stage r is named by its
-lineage key; if the checkpoints hold it, it is reused, else it is trained from stage r-1. In order:
+lineage key; if the checkpoints hold it, it is reused, else it is trained from stage r-1, or from a recovery snapshot
+that a lost worker left in the middle of it. In order:
 
 1. take the shard's lock, and stop if a deletion asked for it (a stop mark);
 2. refuse a worker whose code or platform is not the chain's;
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.checkpoints import CheckpointStore, Manifest, StageId
+from sisa.checkpoints import CheckpointStore, Manifest, SnapshotId, StageId
 from sisa.errors import DamagedError, FootingError, SisaError, StaleError
 from sisa.files import FileLock
 from sisa.layout import Layout
@@ -37,6 +38,7 @@ from sisa.state import StageState
 from sisa.training.events import Report, StageDone, Trained
 from sisa.training.order import batch_count
 from sisa.training.platform import fingerprint, platform_id
+from sisa.training.recovery import Provenance, Recovery
 from sisa.training.rows import read_slice
 from sisa.training.stage import Stopped, TrainingError, train_stage
 
@@ -122,7 +124,8 @@ class _Chain:
         self._report = report
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
         self._keys = chain_keys(task)
-        self._checkpoints.sweep(task.shard, keep=self._kept)  # what a killed worker left unfinished
+        # What a killed worker left unfinished, and snapshots from which no stage can go on.
+        self._checkpoints.sweep(task.shard, keep=self._kept, keep_snapshot=self._resumable)
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
@@ -139,6 +142,11 @@ class _Chain:
         """Healing removes stages that nobody entered and no record calls for: a restored backup's, for instance."""
         task = self._task
         return not task.heal or identity.platform != task.platform or identity.key in {*self._keys, *task.known}
+
+    def _resumable(self, snapshot_id: SnapshotId) -> bool:
+        identity = snapshot_id.stage_id
+        called_for = identity.stage <= len(self._keys) and identity == self._identity(identity.stage)
+        return called_for and not self._checkpoints.exists(identity)
 
     def _identity(self, stage: int) -> StageId:
         return StageId(self._task.shard, stage, self._keys[stage - 1], self._task.platform)
@@ -177,6 +185,14 @@ class _Chain:
         epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
         records = sum(task.records[:stage])
         parent, columns = self._parent(stage), self._columns(stage)
+        said = Provenance(
+            parent_key=self._keys[stage - 2] if stage > 1 else "",
+            records=records,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            fingerprint=fingerprint(task.recipe),
+        )
+        recovery = Recovery(self._checkpoints.snapshots, self._identity(stage), self._report)
+        amid = recovery.find(records=records, batch_size=task.recipe.training.batch_size)
         started = time.monotonic()
         state = self._guarded(
             recipe=task.recipe,
@@ -189,22 +205,26 @@ class _Chain:
             keys=task.keys,
             should_stop=self._stopped,
             on_progress=lambda done: self._report(Trained(task.shard, done)),
+            amid=amid,
+            keeping=recovery.keeping(task.snapshot_every_s, said, stopped=self._stopped),
         )
-        seconds = time.monotonic() - started
+        seconds = recovery.seconds_before + time.monotonic() - started
         if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
         self._newest = (stage, state)
-        return self._checkpoints.write(
+        manifest = self._checkpoints.write(
             self._identity(stage),
             state,
-            parent_key=self._keys[stage - 2] if stage > 1 else "",
+            parent_key=said.parent_key,
             records=records,
             seconds=seconds,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
-            fingerprint=fingerprint(task.recipe),
+            worker=said.worker,
+            fingerprint=said.fingerprint,
             epochs=epochs,
             steps=epochs * batch_count(records=records, batch_size=task.recipe.training.batch_size),
         )
+        recovery.discard()
+        return manifest
 
     def _guarded(self, **arguments: Any) -> StageState:
         """Train; what a user's model raises becomes a message without values, which may be somebody's."""
