@@ -14,6 +14,12 @@ class Reporter(Protocol):
     def advance(self, amount: int) -> None:
         """Say that ``amount`` units more are done."""
 
+    def found(self, amount: int) -> None:
+        """Say that ``amount`` units needn't be done, as they were before; below 0: that so many are lost again."""
+
+    def stages(self, done: int, total: int) -> None:
+        """Say how many stages are made, of how many; the units are record-epochs then."""
+
     def note(self, text: str) -> None:
         """Say one line."""
 
@@ -28,6 +34,12 @@ class Silent:
         """Say nothing."""
 
     def advance(self, amount: int) -> None:
+        """Say nothing."""
+
+    def found(self, amount: int) -> None:
+        """Say nothing."""
+
+    def stages(self, done: int, total: int) -> None:
         """Say nothing."""
 
     def note(self, text: str) -> None:

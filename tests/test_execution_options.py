@@ -64,7 +64,7 @@ class Failing:
 
 def test_workers_that_have_not_this_package_are_the_callers_mistake():
     with pytest.raises(UserError, match=r"can't take up its chain: ModuleNotFoundError: No module named 'sisa'$"):
-        cluster._take(Failing(), iter([None]), None, None, None)
+        cluster._item(Failing(), iter([None]))
 
 
 @pytest.mark.parametrize(

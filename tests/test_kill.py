@@ -203,7 +203,7 @@ def test_a_training_killed_at_any_step_ends_the_same(
 def test_a_stage_that_was_written_and_never_entered_goes_with_the_person(world: World) -> None:
     """The training died between the stage's rename and its line in the ledger."""
     root = world.folder / "unentered"
-    kit.killed_before(train, world.recipe, root, root=root, stop_at="COMMIT in ledger.stages.enter")
+    kit.killed_before(train, world.recipe, root, root=root, stop_at="COMMIT in ledger.stages.enter_all")
     (stage,) = root.glob("checkpoints/shard-*/stage-01-*")
     store = kit.reopened(root)
     assert store.opened.ledger.stages.all() == []

@@ -205,7 +205,7 @@ def test_6_a_stage_that_was_published_but_not_entered_is_verified_before_it_is_u
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stages, "enter", killed)
+    monkeypatch.setattr(Stages, "enter_all", killed)
     with pytest.raises(KeyboardInterrupt):
         sisa.train(asked, store=tmp_path / "store", executor="inline")
     monkeypatch.undo()

@@ -17,6 +17,7 @@ from sisa.deletion.settle import purge_shard, settle
 from sisa.errors import BusyError, NoConstituentError
 from sisa.execution import build as building
 from sisa.ledger import STATES
+from sisa.progress import Silent
 from sisa.store.predict import predict_table
 from sisa.training.chain import run_chain
 
@@ -62,7 +63,7 @@ def _nobody_left() -> Iterator[None]:
 # --- what the processes do --------------------------------------------------------------------------
 
 
-class Gate:
+class Gate(Silent):
     """A reporter that waits at the first progress of one piece of work until the parent says a word."""
 
     def __init__(self, *pieces: str) -> None:
@@ -79,9 +80,6 @@ class Gate:
             self._pieces.remove(self._what)
             kit.to_parent.send(("told", self._what))
             kit.to_parent.recv()
-
-    def note(self, text: str) -> None:
-        del text
 
     def end(self) -> None:
         self._what = ""
@@ -358,15 +356,13 @@ def test_a_settling_that_comes_late_takes_nothing_away_from_the_repair(
     store.delete(subjects=[person], defer=True)
     request = replace(other.ledger.requests.all()[0], state="accepted")  # as it was when another process looked
 
-    def run_late(tasks: Any, report: Any, on_failure: Any) -> None:
-        del on_failure
+    def run_late(tasks: Any, receiver: Any) -> None:
         for task in tasks:
             events: list[Any] = []
             run_chain(task, events.append)
             settle(other, request, Gate())
             purge_shard(other, task.shard, first_stage=1, reporter=Gate(), request=request)
-            for event in events:
-                report(event)
+            receiver.events(events)
 
     monkeypatch.setattr(building, "run_inline", run_late)
     store.repair(executor="inline")

@@ -162,3 +162,19 @@ def nothing(_feature_shape, _class_count):
 
 
 PLACE = "somewhere"
+
+
+def drawing(feature_shape, class_count):
+    """Draws from every global generator while it trains."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(feature_shape[0], class_count)
+
+        def forward(self, x):
+            if self.training:
+                x = x + torch.randn_like(x) + float(np.random.random()) + random.gauss(0.0, 1.0)  # noqa: NPY002
+            return self.out(x)
+
+    return Net()

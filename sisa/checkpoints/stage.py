@@ -24,8 +24,13 @@ METADATA: Final = "zarr.json"
 EMPTY_GROUP: Final[dict[str, JSON]] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 """The metadata of a group without attributes."""
 
+SNAPSHOT_FORMAT: Final = "snapshot-1"
+"""The format of what is kept in the middle of a stage: no reader of stages takes it for one."""
+
 _TENSORS: Final = ("model.", "buffer.", "preprocess.", "optimizer.", "schedule.")
 _SCALARS: Final = ("preprocess.", "optimizer.", "schedule.", "rng.")
+_AMID: Final = ("rng.", "snapshot.")
+"""What is kept in the middle of a stage besides: where the generators stand, and where the training does."""
 _CONTENT: Final = {"format", "manifest", "index", "scalars", "chunks", "chunk_bytes", "array"}
 _HEAL: Final = "Run `sisa repair`: it trains the stage again from the last good one."
 
@@ -41,7 +46,20 @@ def storable(state: StageState) -> StageState:
         StoreError: A name of no known kind (no digest of what is served would see it), an element type or a
             scalar that can't be kept.
     """
-    for names, kinds, what in ((state.tensors, _TENSORS, "a tensor"), (state.scalars, _SCALARS, "a scalar")):
+    return _storable(state, _TENSORS, _SCALARS)
+
+
+def snapshot_state(state: StageState) -> StageState:
+    """Return the state in the middle of a stage as :func:`storable` does that of a whole one.
+
+    Raises:
+        StoreError: As there.
+    """
+    return _storable(state, _TENSORS + _AMID, _SCALARS + _AMID)
+
+
+def _storable(state: StageState, tensors: tuple[str, ...], scalars: tuple[str, ...]) -> StageState:
+    for names, kinds, what in ((state.tensors, tensors, "a tensor"), (state.scalars, scalars, "a scalar")):
         for name in names:
             if not name.startswith(kinds) or name in kinds:
                 raise StoreError(f"state {name!r}: expected {what} called {', '.join(f'{kind}*' for kind in kinds)}")
@@ -49,13 +67,16 @@ def storable(state: StageState) -> StageState:
     return StageState(state.tensors, {name: _plain(name, value) for name, value in state.scalars.items()})
 
 
-def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str, int], Manifest]) -> tuple[bool, str]:
+def write_stage(
+    target: Path, state: StageState, *, describe: Callable[[str, str, int], Manifest], form: int | str = FORMAT
+) -> tuple[bool, str]:
     """Write a stage beside ``target`` and give it that name.
 
     Args:
         target: Its folder; the parent is there already.
         state: What to keep, from :func:`storable`.
         describe: Makes the manifest from the state digest, the full digest and the number of bytes.
+        form: What it says of its format.
 
     Returns:
         Whether it was published, False if something is at ``target`` already; and the full digest.
@@ -76,7 +97,7 @@ def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str
         def attributes(array: Mapping[str, JSON]) -> dict[str, JSON]:
             manifest = describe(*hashed.result(), sum(entry.bytes for entry in entries))
             content: dict[str, JSON] = {
-                "format": FORMAT,
+                "format": form,
                 "manifest": manifest.to_json(),
                 "index": [entry.to_json() for entry in entries],
                 "scalars": packed.scalars,
@@ -97,7 +118,7 @@ def write_stage(target: Path, state: StageState, *, describe: Callable[[str, str
     return True, hashed.result()[1]
 
 
-def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manifest]:
+def read_content(folder: Path, stage_id: StageId, *, form: int | str = FORMAT) -> tuple[dict[str, Any], Manifest]:
     """Read and verify the attributes of a stage's group; doesn't import Zarr.
 
     Raises:
@@ -110,8 +131,8 @@ def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manif
         if {**whole, "attributes": {}} != EMPTY_GROUP or attributes.keys() != {"sisa"}:
             raise ValueError("it is not the metadata of a stage")
         content = unsealed(attributes["sisa"])
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        if content["format"] != form:
+            raise ValueError(f"format {content['format']}, expected {form}")
         if content.keys() != _CONTENT:
             raise ValueError("it has other fields than a stage")
         manifest = Manifest.from_json(content["manifest"])
@@ -123,7 +144,7 @@ def read_content(folder: Path, stage_id: StageId) -> tuple[dict[str, Any], Manif
     return content, manifest
 
 
-def read_stage(folder: Path, stage_id: StageId) -> tuple[Manifest, StageState]:
+def read_stage(folder: Path, stage_id: StageId, *, form: int | str = FORMAT) -> tuple[Manifest, StageState]:
     """Read a stage and verify all of it; the tensors are writable views of one fresh row of bytes.
 
     Raises:
@@ -132,7 +153,7 @@ def read_stage(folder: Path, stage_id: StageId) -> tuple[Manifest, StageState]:
     """
     from sisa.checkpoints import group
 
-    content, manifest = read_content(folder, stage_id)
+    content, manifest = read_content(folder, stage_id, form=form)
     chunks = content["chunks"]
     try:
         row = aligned_zeros(chunks * content["chunk_bytes"])

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sisa.checkpoints.manifest import Manifest, StageId, parse_shard, parse_stage, shard_folder
+from sisa.checkpoints.snapshots import SnapshotId, Snapshots
 from sisa.checkpoints.stage import (
     EMPTY_GROUP,
     METADATA,
@@ -41,6 +42,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.snapshots = Snapshots(root)
 
     def path(self, stage_id: StageId) -> Path:
         """Return the folder of a stage, there or not."""
@@ -154,14 +156,23 @@ class CheckpointStore:
         if self.exists(stage_id):
             remove(self.path(stage_id))
 
-    def sweep(self, shard: int, *, keep: Callable[[StageId], bool]) -> list[StageId]:
+    def sweep(
+        self,
+        shard: int,
+        *,
+        keep: Callable[[StageId], bool],
+        keep_snapshot: Callable[[SnapshotId], bool] = lambda _: False,
+    ) -> list[StageId]:
         """Erase what was left unfinished in a shard and every stage that ``keep`` refuses; return those stages.
 
-        Groups around the stages that stay are written again if they are lost or changed. The caller holds the
+        So goes every recovery snapshot, but for those that ``keep_snapshot`` wants. Groups around the stages that stay are written again if they are lost or changed. The caller holds the
         shard's lock: another's unfinished stage would go too.
         """
         folder = self.root / shard_folder(shard)
         sweep_temporary(folder)
+        for snapshot_id in self.snapshots.list_shard(shard):
+            if not keep_snapshot(snapshot_id):
+                self.snapshots.remove(snapshot_id)
         stages = self.list_shard(shard)
         doomed = [stage_id for stage_id in stages if not keep(stage_id)]
         for stage_id in doomed:

@@ -1,4 +1,8 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""Progress for people: one live line on a terminal, plain lines elsewhere; always on stderr.
+
+The view is the same for four shards and for a thousand: how much is done, stages made of all, cost so far, records a
+second, time left. Elsewhere a line is a whole line, every some seconds, and never one that takes another back.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import time
 from typing import Any
 
 import click
+
+from sisa.cli.pace import Pace
 
 QUIET_S = 2.0
 """Work shorter than this is not worth a line."""
@@ -23,22 +29,29 @@ class Lines:
     """Plain lines for logs."""
 
     def __init__(self) -> None:
-        self._what, self._total, self._done = "", 0, 0
-        self._started = self._said = 0.0
+        self._pace: Pace | None = None
+        self._said = 0.0
 
     def begin(self, what: str, total: int | None) -> None:
         """Remember what is going on."""
-        self._what, self._total, self._done = what, total or 0, 0
-        self._started = time.monotonic()
-        self._said = self._started + QUIET_S - LINE_EVERY_S
+        self._pace = Pace(what, total)
+        self._said = self._pace.started + QUIET_S - LINE_EVERY_S
 
     def advance(self, amount: int) -> None:
         """Say a line now and then."""
-        self._done += amount
-        if time.monotonic() - self._said >= LINE_EVERY_S:
-            self._said = time.monotonic()
-            share = f" {100 * self._done // self._total} %" if self._total else f" {self._done:,}"
-            click.echo(f"{self._what}:{share}", err=True)
+        if self._pace is not None:
+            self._pace.advance(amount)
+            self._say(self._pace)
+
+    def found(self, amount: int) -> None:
+        """Count what needn't be done."""
+        if self._pace is not None:
+            self._pace.found(amount)
+
+    def stages(self, done: int, total: int) -> None:
+        """Remember how many stages are made."""
+        if self._pace is not None:
+            self._pace.stages = (done, total)
 
     def note(self, text: str) -> None:
         """Say one line."""
@@ -46,35 +59,54 @@ class Lines:
 
     def end(self) -> None:
         """Say how long it took, if it took long."""
-        seconds = time.monotonic() - self._started
-        if seconds > QUIET_S:
-            click.echo(f"{self._what}: done in {seconds:.1f} s", err=True)
+        pace, self._pace = self._pace, None
+        if pace is not None and pace.seconds > QUIET_S:
+            click.echo(f"{pace.what}: done in {pace.seconds:.1f} s", err=True)
+
+    def _say(self, pace: Pace) -> None:
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_S:
+            self._said = now
+            click.echo(f"{pace.what}: {', '.join(pace.parts())}", err=True)
 
 
 class Bar:
-    """A progress bar."""
+    """A live line with a bar."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self._pace = Pace("", None)
 
     def begin(self, what: str, total: int | None) -> None:
         """Show the bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.table import Column
 
-        left = [TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn()] if total else []
+        self._pace = Pace(what, total)
+        words = TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *left, TimeElapsedColumn(),
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), words,
             console=Console(stderr=True), transient=True,
         )  # fmt: skip
-        self._task = self._bar.add_task(what, total=total)
+        self._task = self._bar.add_task(what, total=total or None, said="")
         self._bar.start()
 
     def advance(self, amount: int) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.advance(self._task, amount)
+        self._pace.advance(amount)
+        self._show()
+
+    def found(self, amount: int) -> None:
+        """Move the bar over what needn't be done."""
+        self._pace.found(amount)
+        self._show()
+
+    def stages(self, done: int, total: int) -> None:
+        """Show how many stages are made."""
+        self._pace.stages = (done, total)
+        self._show()
 
     def note(self, text: str) -> None:
         """Say one line, above the bar."""
@@ -88,3 +120,7 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._pace.done, said="  ".join(self._pace.parts()))

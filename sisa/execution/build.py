@@ -8,34 +8,25 @@ the deletion and builds again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.errors import DamagedError, SisaError, StaleError
+from sisa.errors import DamagedError, SisaError
+from sisa.execution.collect import Build, Collector
 from sisa.execution.inline import run_inline
 from sisa.execution.options import Execution
 from sisa.layout import HOLDOUT_SLICE
-from sisa.ledger import Partition, StageRow
+from sisa.ledger import Partition
 from sisa.opening import OpenStore
-from sisa.planning.cost import chain_record_epochs
+from sisa.planning.cost import stage_record_epochs
 from sisa.planning.epochs import epoch_budget
+from sisa.planning.placement import longest_first
+from sisa.planning.tally import Tally
 from sisa.progress import Reporter
 from sisa.routing.keys import shard_keys
 from sisa.training.chain import ChainTask
-from sisa.training.events import Event, Trained
-from sisa.training.stage import Stopped
 
-
-@dataclass
-class Build:
-    """What a build did."""
-
-    trained: list[StageRow] = field(default_factory=list)
-    reused: list[StageRow] = field(default_factory=list)
-    interrupted: set[int] = field(default_factory=set)
-    """Shards that a deletion overtook."""
-    failures: dict[int, SisaError] = field(default_factory=dict)
-    used_ray: bool = False
+__all__ = ["Build", "Plan", "build"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,61 +55,27 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
     """
     partitions, failures = _trained_slices(store, plan.shards)
     dirty = {shard for shard, slices in partitions.items() if any(p.dirty for p in slices)}
-    tasks = [_task(store, plan, shard, slices) for shard, slices in partitions.items() if shard not in dirty]
-    work = {task.shard: _work_left(store, plan, task) for task in tasks}
-    tasks.sort(key=lambda task: -work[task.shard])  # longest first
+    planned = {k: _task(store, plan, execution, slices) for k, slices in partitions.items() if k not in dirty}
+    costs = {shard: _costs_left(store, plan, task) for shard, task in planned.items()}
+    tasks = [planned[shard] for shard in longest_first({k: sum(stages.values()) for k, stages in costs.items()})]
     done = Build(interrupted=dirty, failures=failures)  # a slice with rows of deleted people is settled first
-    collect = _Collector(store, plan, partitions, done, reporter)
-    total = sum(work.values())
-    reporter.begin(what, total)
+    tally = Tally(costs)
+    collect = Collector(store, done, tally, reporter, partitions=partitions, enter=plan.enter)
+    reporter.begin(what, tally.total)
+    reporter.stages(0, tally.stages)
     try:
-        done.used_ray = execution.uses_ray(store.recipe, chains=len(tasks), record_epochs=total)
+        done.used_ray = execution.uses_ray(store.recipe, chains=len(tasks), record_epochs=tally.total)
         if done.used_ray:
             from sisa.execution.cluster import run_on_ray
 
-            workers = execution.worker_count(len(tasks))
-            reporter.note(f"running {len(tasks)} chains on Ray, {workers} at a time")
-            run_on_ray(tasks, collect.event, collect.failure, address=execution.address, workers=workers)
+            need, limit = execution.need(store.recipe), execution.limit(len(tasks))
+            reporter.note(f"running {len(tasks)} chains on Ray, {limit or 'as many as it holds'} at a time")
+            run_on_ray(tasks, collect, address=execution.address, need=need, limit=limit)
         else:
-            run_inline(tasks, collect.event, collect.failure)
+            run_inline(tasks, collect)
     finally:
         reporter.end()
     return done
-
-
-class _Collector:
-    """Takes the chains' events on the driver's side."""
-
-    def __init__(
-        self, store: OpenStore, plan: Plan, partitions: dict[int, list[Partition]], done: Build, reporter: Reporter
-    ) -> None:
-        self._store = store
-        self._plan = plan
-        self._changes = {shard: {p.slice: p.changes for p in slices} for shard, slices in partitions.items()}
-        self._done = done
-        self._reporter = reporter
-
-    def event(self, event: Event) -> None:
-        """Enter a stage, or pass progress on."""
-        if isinstance(event, Trained):
-            self._reporter.advance(event.record_epochs)
-            return
-        row = event.row
-        if self._plan.enter and not self._store.ledger.stages.enter(row, changes=self._changes[row.shard]):
-            self._done.interrupted.add(row.shard)
-            return
-        (self._done.reused if event.reused else self._done.trained).append(row)
-
-    def failure(self, shard: int, error: SisaError) -> None:
-        """Sort what ended a chain: a deletion that overtook it, or a fault."""
-        slices = self._store.slices
-        overtaken = self._store.ledger.stages.overtaken(shard, slices, changes=self._changes[shard])
-        if isinstance(error, Stopped) or overtaken:
-            self._done.interrupted.add(shard)
-        elif isinstance(error, StaleError):
-            self._done.failures[shard] = DamagedError(error.message, hint=error.hint)
-        else:
-            self._done.failures[shard] = error
 
 
 def _trained_slices(store: OpenStore, shards: Sequence[int]) -> tuple[dict[int, list[Partition]], dict[int, SisaError]]:
@@ -137,7 +94,8 @@ def _trained_slices(store: OpenStore, shards: Sequence[int]) -> tuple[dict[int, 
     return partitions, failures
 
 
-def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> ChainTask:
+def _task(store: OpenStore, plan: Plan, execution: Execution, slices: list[Partition]) -> ChainTask:
+    shard = slices[0].shard
     clean = [row for row in store.ledger.stages.all(shard) if not row.tainted and row.platform == plan.platform]
     known = {row.key: row.full_digest for row in clean}
     return ChainTask(
@@ -153,13 +111,14 @@ def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> 
         known=known if plan.enter else {},
         read_reused=plan.read_reused,
         heal=plan.heal,
+        snapshot_every_s=execution.each(store.recipe).snapshot_every_s if plan.enter else None,
     )
 
 
-def _work_left(store: OpenStore, plan: Plan, task: ChainTask) -> int:
-    """Record-epochs from the first stage that the ledger doesn't know."""
+def _costs_left(store: OpenStore, plan: Plan, task: ChainTask) -> dict[int, int]:
+    """Return the record-epochs of each stage from the first one on that the ledger doesn't know."""
     rows = store.ledger.stages.all(task.shard) if plan.enter else []
     there = {r.stage for r in rows if not r.tainted and (r.code, r.platform) == (plan.code, plan.platform)}
     first = next((s for s in range(1, store.slices + 1) if s not in there), store.slices + 1)
     budget = epoch_budget(epochs=store.recipe.training.epochs, slices=store.slices)
-    return chain_record_epochs(task.records, budget, first_stage=first)
+    return {stage: cost for stage, cost in stage_record_epochs(task.records, budget).items() if stage >= first}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sisa.errors import SisaError
+from sisa.execution.receiver import Receiver
 from sisa.training.chain import ChainTask, run_chain
-from sisa.training.events import Report
-
-OnFailure = Callable[[int, SisaError], None]
 
 
-def run_inline(tasks: Sequence[ChainTask], report: Report, on_failure: OnFailure) -> None:
+def run_inline(tasks: Sequence[ChainTask], receiver: Receiver) -> None:
     """Run each chain; one that fails is reported by its shard and doesn't stop the others."""
     for task in tasks:
         try:
-            run_chain(task, report)
+            run_chain(task, lambda event: receiver.events([event]))
         except SisaError as error:
-            on_failure(task.shard, error)
+            receiver.failure(task.shard, error)

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from sisa.errors import UserError
 from sisa.planning.cost import predicted_seconds
-from sisa.recipe import Recipe
+from sisa.planning.placement import Need
+from sisa.recipe import Recipe, WorkersSpec
 
 INLINE_BELOW_S = 10.0
 """Ray costs some five seconds to start: work shorter than this runs in the calling process."""
@@ -26,7 +27,21 @@ class Execution:
     address: str | None = None
     """A running Ray cluster; without it Ray is started on this machine and stopped afterwards."""
     workers: int | None = None
-    """How many chains at a time; by default one a core."""
+    """How many chains at a time; by default one a core, and on a running cluster as many as it holds."""
+    resources: WorkersSpec | None = None
+    """What each worker gets; by default what the store's recipe says."""
+
+    def each(self, recipe: Recipe) -> WorkersSpec:
+        """Return what each worker gets when ``recipe``, a store's, is trained."""
+        return self.resources or recipe.workers
+
+    def need(self, recipe: Recipe) -> Need:
+        """Return what each worker takes of its machine."""
+        spec = self.each(recipe)
+        devices = recipe.workers.devices_per_shard  # all of them on one machine
+        gpus = spec.gpus if spec.gpus is not None else float(devices * (recipe.training.device == "cuda"))
+        cpus = spec.cpus or devices * recipe.training.threads
+        return Need(cpus=cpus, gpus=gpus, memory_bytes=spec.memory_bytes or 0)
 
     def check(self) -> None:
         """Make sure that somebody listens at ``address``: it costs a moment, and is asked before any work is done.
@@ -62,8 +77,12 @@ class Execution:
         )
         return seconds >= INLINE_BELOW_S
 
+    def limit(self, chains: int) -> int | None:
+        """Return how many chains may run at a time; None where a running cluster's size decides."""
+        return None if self.address is not None and self.workers is None else self.worker_count(chains)
+
     def worker_count(self, chains: int) -> int:
-        """Return how many chains run at a time."""
+        """Return how many chains run at a time on this machine."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         return max(1, min(self.workers or cores, chains))
 

@@ -51,26 +51,48 @@ class Stages:
         Raises:
             DamagedError: The same key gave other bits before.
         """
+        return self.enter_all([(row, changes)])[0]
+
+    def enter_all(self, found: Sequence[tuple[StageRow, Mapping[int, int]]]) -> list[bool]:
+        """Enter stages that arrived together, each as :meth:`enter` does, in one transaction: one wait for the disk.
+
+        Args:
+            found: Each stage with the ``changes`` that its training was planned with.
+
+        Returns:
+            For each of them whether it may be used.
+
+        Raises:
+            DamagedError: A key gave other bits before; the others were entered.
+        """
         with self._db.transaction():
-            if self.overtaken(row.shard, row.stage, changes=changes):
-                return False
-            known = self.get(row.key, row.platform)
-            if known is not None:
-                if known.full_digest != row.full_digest:
-                    raise DamagedError(
-                        f"stage {row.stage} of shard {row.shard} was trained again and gave other bits",
-                        hint="Training is not reproducible on this platform: check the model for randomness of its own.",
-                    )
-                return not known.tainted
-            self._db.rows(
-                "INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
-                (
-                    row.key, row.platform, row.code, row.shard, row.stage, row.parent_key, row.records,
-                    row.state_digest, row.full_digest, row.worker, row.seconds, row.created_at,
-                ),
-            )  # fmt: skip
-            self._db.note("stage_trained", shard=row.shard, stage=row.stage, worker=row.worker)
-            return True
+            answers = [self._enter(row, changes) for row, changes in found]
+        for answer in answers:
+            if isinstance(answer, DamagedError):
+                raise answer
+        return [answer is True for answer in answers]
+
+    def _enter(self, row: StageRow, changes: Mapping[int, int]) -> bool | DamagedError:
+        """Enter one stage and say whether it may be used; or what is wrong, and then nothing was written."""
+        if self.overtaken(row.shard, row.stage, changes=changes):
+            return False
+        known = self.get(row.key, row.platform)
+        if known is not None and known.full_digest != row.full_digest:
+            return DamagedError(
+                f"stage {row.stage} of shard {row.shard} was trained again and gave other bits",
+                hint="Training is not reproducible on this platform: check the model for randomness of its own.",
+            )
+        if known is not None:
+            return not known.tainted
+        self._db.rows(
+            "INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+            (
+                row.key, row.platform, row.code, row.shard, row.stage, row.parent_key, row.records,
+                row.state_digest, row.full_digest, row.worker, row.seconds, row.created_at,
+            ),
+        )  # fmt: skip
+        self._db.note("stage_trained", shard=row.shard, stage=row.stage, worker=row.worker)
+        return True
 
     def overtaken(self, shard: int, stage: int, *, changes: Mapping[int, int]) -> bool:
         """Say whether a deletion touched slices 1..stage since ``changes`` was read."""

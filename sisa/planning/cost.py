@@ -28,12 +28,21 @@ def chain_record_epochs(slice_records: Sequence[int], budget: Sequence[int], *, 
     >>> chain_record_epochs([10, 10], [2, 2], first_stage=2)
     40
     """
-    total, seen = 0, 0
+    stages = stage_record_epochs(slice_records, budget)
+    return sum(cost for stage, cost in stages.items() if stage >= first_stage)
+
+
+def stage_record_epochs(slice_records: Sequence[int], budget: Sequence[int]) -> dict[int, int]:
+    """Return the record-epochs of each stage of one shard.
+
+    >>> stage_record_epochs([10, 10], [2, 2])
+    {1: 20, 2: 40}
+    """
+    costs, seen = {}, 0
     for stage, (records, epochs) in enumerate(zip(slice_records, budget, strict=True), start=1):
         seen += records
-        if stage >= first_stage:
-            total += epochs * seen
-    return total
+        costs[stage] = epochs * seen
+    return costs
 
 
 def expected_fraction(*, shards: int, slices: int, deletions: int) -> float:

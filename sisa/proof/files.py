@@ -12,7 +12,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from sisa.checkpoints.manifest import shard_folder
+from sisa.checkpoints.manifest import parse_shard, shard_folder
+from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.files import TEMPORARY
 from sisa.opening import PARTS, OpenStore
 from sisa.proof.journal import is_ignored_journal
@@ -57,6 +58,9 @@ def _left_behind(store: OpenStore, path: Path) -> str:
     else:
         swept = {layout.root, *(checkpoints / shard_folder(shard) for shard in range(store.shards))}
         left = path.parent in swept and path.name.startswith(TEMPORARY)
+        shard = parse_shard(path.parent.name)
+        if shard is not None and path.parent.parent == checkpoints and parse_snapshot(shard, path.name):
+            return "a recovery snapshot of a training that was killed; `sisa repair` or `sisa train` goes on from it or removes it"
     goes_on = "sisa repair" if store.ledger.ingested else "sisa train"
     return f"left by a command that was killed; `{goes_on}` removes it" if left else ""
 

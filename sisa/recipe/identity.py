@@ -1,7 +1,7 @@
 """What of a recipe determines training, and the digest of exactly that.
 
-Left out on purpose: the store's place, where sources lie, where the routing key lies, and how answers
-are aggregated. The routing key itself enters the lineage through the keyed digests of the records.
+Left out on purpose: the store's place, where sources lie, where the routing key lies, what a worker gets, and how
+answers are aggregated. The routing key itself enters the lineage through the keyed digests of the records.
 """
 
 from __future__ import annotations

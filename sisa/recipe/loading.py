@@ -13,9 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from sisa.errors import RecipeError, UserError
-from sisa.recipe import schema, workers
+from sisa.recipe import schema
 from sisa.recipe.schema import Recipe
 from sisa.recipe.wording import number_hint
+from sisa.recipe.workers import WorkersSpec
 
 SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): schema.Recipe,
@@ -28,7 +29,7 @@ SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     ("training", "schedule"): schema.ScheduleSpec,
     ("sisa",): schema.SisaSpec,
     ("routing",): schema.RoutingSpec,
-    ("workers",): workers.WorkersSpec,
+    ("workers",): WorkersSpec,
 }
 
 
@@ -130,6 +131,8 @@ def parse_recipe(content: object, *, overrides: Sequence[str] = (), source: str 
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as YAML that :func:`load_recipe` reads back to an equal one."""
     content = recipe.model_dump(mode="json", exclude_none=True)
+    if recipe.workers.snapshot_every_s is None:
+        content["workers"]["snapshot_every_s"] = None  # it means something: left out it would be the default
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

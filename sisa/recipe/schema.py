@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
 from sisa.planning.epochs import largest_slices
+from sisa.recipe.section import Section
 from sisa.recipe.wording import number_hint, repeated, some_of
 from sisa.recipe.workers import WorkersSpec
 
@@ -23,12 +24,6 @@ RESERVED_PREFIX = "_sisa_"
 
 Positive = Annotated[StrictInt, Field(ge=1)]
 Label = StrictBool | StrictInt | StrictStr
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown field is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class HoldoutSpec(Section):
@@ -386,6 +381,7 @@ class Recipe(Section):
     sisa: SisaSpec
     routing: RoutingSpec = RoutingSpec()
     workers: WorkersSpec = WorkersSpec()
+    """What a worker gets; of it only several devices for one shard are part of the identity."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -71,7 +71,12 @@ def train(
         raise UserError("store: missing", hint="Name it in the recipe (store: runs/name) or give --store.")
     layout = Layout.at(place)
     reporter = reporter or Silent()
-    execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
+    execution = Execution(
+        executor=executor,  # type: ignore[arg-type]
+        address=address,
+        workers=workers,
+        resources=asked.workers,
+    )
     execution.check()
     opened, missing = _ingested(asked, layout, reporter, upgrade=upgrade)
     with opened.operation_lock().held(timeout_s=0):

@@ -1,7 +1,8 @@
 """One shard's chain: make the stages that its current records call for.
 
 Training, resuming, retraining after a deletion and replaying are this one walk. Stage r is named by its
-lineage key; if the checkpoints hold it, it is reused, else it is trained from stage r-1. In order:
+lineage key; if the checkpoints hold it, it is reused, else it is trained from stage r-1, or from a recovery snapshot
+that a lost worker left in the middle of it. In order:
 
 1. take the shard's lock, and stop if a deletion asked for it (a stop mark);
 2. refuse a worker whose code or platform is not the chain's;
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sisa.checkpoints import CheckpointStore, Manifest, StageId
+from sisa.checkpoints import CheckpointStore, Manifest, SnapshotId, StageId
 from sisa.errors import DamagedError, FootingError, SisaError, StaleError
 from sisa.files import FileLock
 from sisa.layout import Layout
@@ -38,6 +39,7 @@ from sisa.state import StageState, full_digest
 from sisa.training.events import Report, StageDone, Trained
 from sisa.training.order import batch_count
 from sisa.training.platform import fingerprint, platform_id
+from sisa.training.recovery import Provenance, Recovery
 from sisa.training.rows import read_slice
 from sisa.training.stage import Stopped, TrainingError, train_stage
 from sisa.training.together import Together, task_data
@@ -66,6 +68,8 @@ class ChainTask:
     """Verify every byte of the stages that are reused, instead of the last one's only."""
     heal: bool
     """Retrain a damaged stage instead of reporting it."""
+    snapshot_every_s: float | None = None
+    """Seconds of training between two recovery snapshots of a stage; None for none."""
 
     @property
     def shard(self) -> int:
@@ -135,6 +139,8 @@ class _Chain:
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
         self._keys = chain_keys(task)
         self._together = Together(task.recipe)
+        # What a killed worker left unfinished, and snapshots from which no stage can go on.
+        self._checkpoints.sweep(task.shard, keep=self._kept, keep_snapshot=self._resumable)
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
@@ -153,6 +159,11 @@ class _Chain:
         """Healing removes stages that nobody entered and no record calls for: a restored backup's, for instance."""
         task = self._task
         return not task.heal or identity.platform != task.platform or identity.key in {*self._keys, *task.known}
+
+    def _resumable(self, snapshot_id: SnapshotId) -> bool:
+        identity = snapshot_id.stage_id
+        called_for = identity.stage <= len(self._keys) and identity == self._identity(identity.stage)
+        return called_for and not self._checkpoints.exists(identity)
 
     def _identity(self, stage: int) -> StageId:
         return StageId(self._task.shard, stage, self._keys[stage - 1], self._task.platform)
@@ -191,6 +202,15 @@ class _Chain:
         epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
         records = sum(task.records[:stage])
         parent, columns = self._parent(stage), self._columns(stage)
+        said = Provenance(
+            parent_key=self._keys[stage - 2] if stage > 1 else "",
+            records=records,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            fingerprint=fingerprint(task.recipe),
+        )
+        recovery = Recovery(self._checkpoints.snapshots, self._identity(stage), self._report)
+        every_s = task.snapshot_every_s if task.recipe.workers.devices_per_shard == 1 else None
+        amid = recovery.find(records=records, batch_size=task.recipe.training.batch_size)
         started = time.monotonic()
         state = self._guarded(
             stage,
@@ -202,23 +222,27 @@ class _Chain:
             columns=columns,
             keys=task.keys,
             should_stop=self._stopped,
-            on_progress=lambda done: self._report(Trained(done)),
+            on_progress=lambda done: self._report(Trained(task.shard, done)),
+            amid=amid,
+            keeping=recovery.keeping(every_s, said, stopped=self._stopped),
         )
-        seconds = time.monotonic() - started
+        seconds = recovery.seconds_before + time.monotonic() - started
         if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
         self._newest = (stage, state)
-        return self._checkpoints.write(
+        manifest = self._checkpoints.write(
             self._identity(stage),
             state,
-            parent_key=self._keys[stage - 2] if stage > 1 else "",
+            parent_key=said.parent_key,
             records=records,
             seconds=seconds,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
-            fingerprint=fingerprint(task.recipe),
+            worker=said.worker,
+            fingerprint=said.fingerprint,
             epochs=epochs,
             steps=epochs * batch_count(records=records, batch_size=task.recipe.training.batch_size),
         )
+        recovery.discard()
+        return manifest
 
     def _guarded(self, stage: int, **arguments: Any) -> StageState:
         """Train; what a user's model raises becomes a message without values, which may be somebody's."""

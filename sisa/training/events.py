@@ -19,10 +19,35 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Trained:
-    """So many records more went through a model once."""
+    """So many records more went through a shard's model once."""
 
+    shard: int
     record_epochs: int
 
 
-Event = StageDone | Trained
+@dataclass(frozen=True)
+class Resumed:
+    """A stage goes on from a recovery snapshot, behind which so much work lies."""
+
+    shard: int
+    stage: int
+    record_epochs: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A recovery snapshot of a stage is durable: its chain got further."""
+
+    shard: int
+    stage: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """One line for people, with places in it and no values."""
+
+    text: str
+
+
+Event = StageDone | Trained | Resumed | Kept | Said
 Report = Callable[[Event], None]

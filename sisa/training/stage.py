@@ -6,13 +6,16 @@ generator, order the records by key, cut batches, step. Nothing else gets in: no
 look whether somebody asked us to stop.
 
 Every stage starts from a state, so a training that was interrupted between stages and one that was not are the same
-code path. Bits are the same on one platform fingerprint only.
+code path. Within a stage the state can be kept now and then, with the position and where the generators stand; a
+training that goes on from there makes the same steps. Bits are the same on one platform fingerprint only.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ import torch
 from sisa.errors import SisaError, UserError
 from sisa.learners.columns import Array, Columns
 from sisa.learners.flags import derived_seed, device_of, seed_everything, training_flags
+from sisa.learners.generators import dump_generators, restore_generators
 from sisa.learners.gradients import Gradients, build_gradients, trainable
 from sisa.learners.models import build_model
 from sisa.learners.modules import INIT_SEED, dump_module, init_seed, restore_module
@@ -37,12 +41,26 @@ LOOK_UP_S = 0.1
 """How often a training looks whether it should stop, and says how far it is."""
 
 
+EPOCH, BATCH = "snapshot.epoch", "snapshot.batch"
+"""Scalars of a state in the middle of a stage: the epoch that it is in, and how many of its batches lie behind."""
+
+
 class Stopped(SisaError):
     """Somebody asked the training to stop; nothing of the stage is kept."""
 
 
 class TrainingError(UserError):
     """The recipe doesn't lead to a model: its numbers grew beyond all bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """That a stage's state is kept while it trains."""
+
+    every_s: float
+    """Seconds between the end of one and the next."""
+    keep: Callable[[StageState, int], None]
+    """Is given the whole state, and the number of steps that lie behind it."""
 
 
 def train_stage(
@@ -58,6 +76,8 @@ def train_stage(
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
     group: Exchange | None = None,
+    amid: StageState | None = None,
+    keeping: Keeping | None = None,
 ) -> StageState:
     """Train one stage and return its full state.
 
@@ -73,6 +93,8 @@ def train_stage(
         should_stop: Asked several times a second.
         on_progress: Told, several times a second, how many records *more* went through the model.
         group: This process's place among those that train the stage together, each on its part of every batch.
+        amid: A state of this very stage from which its training goes on, as ``keeping`` was given it.
+        keeping: Who keeps such states, and how often; by default nobody does.
 
     Returns:
         The state; an empty one if there are no records.
@@ -85,17 +107,36 @@ def train_stage(
     if not columns.count:
         return StageState()
     with training_flags(recipe):
-        run = _Run(recipe, class_count=class_count, shard=shard, parent=parent, columns=columns, group=group)
+        run = _Run(
+            recipe, class_count=class_count, shard=shard, parent=amid or parent, columns=columns, group=group
+        )
         watch = _Watch(should_stop, on_progress, what=f"stage {stage} of shard {shard}")
+        if keeping is not None:
+            watch.keep_every(keeping.every_s, lambda: _keep(run, keeping, last_step=epochs * run.batches))
         seed = recipe.training.seed
         # Each process draws its own random numbers for its part (dropout); the first one those of a process alone.
         own = () if group is None or group.rank == 0 else (group.rank,)
-        for epoch in range(epochs):
+        for epoch in range(position(amid)[0], epochs):
             seed_everything(derived_seed("sisa-epoch", seed, shard, stage, epoch, *own))
+            run.begin(epoch, amid)
             run.epoch(epoch_order(keys.order, columns.uids_N, seed=seed, stage=stage, epoch=epoch), watch)
+            amid = None
         watch.look()
         run.check(shard=shard, stage=stage)
         return run.dump()
+
+
+def position(amid: StageState | None) -> tuple[int, int]:
+    """Return the epoch that a state is in, and how many of its batches lie behind it."""
+    if amid is None:
+        return 0, 0
+    return cast("int", amid.scalars[EPOCH]), cast("int", amid.scalars[BATCH])
+
+
+def _keep(run: _Run, keeping: Keeping, *, last_step: int) -> None:
+    """Have the state kept, unless the stage is at its end: then it is about to be kept as what it is."""
+    if run.step < last_step:
+        keeping.keep(run.dump_amid(), run.step)
 
 
 class _Watch:
@@ -106,13 +147,24 @@ class _Watch:
         self._on_progress = on_progress
         self._what = what
         self._done = 0
+        self._keep: Callable[[], None] | None = None
+        self._keep_every_s = 0.0
+        self._keep_due = 0.0
         self.due = 0.0
+
+    def keep_every(self, seconds: float, keep: Callable[[], None]) -> None:
+        """Have something kept that often."""
+        self._keep, self._keep_every_s = keep, seconds
+        self._keep_due = time.monotonic() + seconds
 
     def add(self, records: int) -> None:
         """Count records; look up if it is time to."""
         self._done += records
         if time.monotonic() >= self.due:
             self.look()
+            if self._keep is not None and time.monotonic() >= self._keep_due:
+                self._keep()
+                self._keep_due = time.monotonic() + self._keep_every_s
 
     def look(self) -> None:
         """Stop if asked to, and report."""
@@ -162,17 +214,35 @@ class _Run:
             self._gradients = SharedGradients(self._gradients, list(trainable(self._module).values()), group)
         self._labels_N = torch.tensor(columns.labels_N, device=device)
         self._sizes = batch_sizes(records=columns.count, batch_size=recipe.training.batch_size)
+        self._epoch, self._batch = 0, 0
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return len(self._sizes)
+
+    @property
+    def step(self) -> int:
+        """Steps of this stage that lie behind."""
+        return self._epoch * self.batches + self._batch
+
+    def begin(self, epoch: int, amid: StageState | None) -> None:
+        """Stand at the beginning of an epoch, or where a kept state stands in it; every generator is seeded by now."""
+        self._epoch, self._batch = epoch, position(amid)[1]
+        if amid is not None:
+            restore_generators(amid)
 
     def epoch(self, order_N: Array, watch: _Watch) -> None:
-        """Train one pass over the records in the given order."""
+        """Train one pass over the records in the given order, without the batches that lie behind."""
         order = torch.tensor(order_N, device=self._labels_N.device)
         labels = self._labels_N.index_select(0, order)
         self._module.train()
         self._schedule.begin_epoch()
         gradients, optimizer = self._gradients, self._optimizer
-        sizes = self._sizes
-        for rows_B, labels_B in zip(torch.split(order, sizes), torch.split(labels, sizes), strict=True):
+        sizes, first = self._sizes, self._batch
+        for rows_B, labels_B in zip(torch.split(order, sizes)[first:], torch.split(labels, sizes)[first:], strict=True):
             optimizer.step(gradients(rows_B, labels_B))
+            self._batch += 1
             watch.add(len(rows_B))
         self._schedule.end_epoch()
 
@@ -195,3 +265,9 @@ class _Run:
             tensors |= part.tensors
             scalars |= part.scalars
         return StageState(tensors, scalars)
+
+    def dump_amid(self) -> StageState:
+        """Return the full state in the middle of the stage: where it is and where the generators stand besides."""
+        state, generators = self.dump(), dump_generators()
+        scalars = state.scalars | generators.scalars | {EPOCH: self._epoch, BATCH: self._batch}
+        return StageState(state.tensors | generators.tensors, scalars)

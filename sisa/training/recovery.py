@@ -1,0 +1,90 @@
+"""Recovery snapshots of one chain: kept on a schedule while a stage trains, gone on from by whoever trains it next.
+
+A snapshot can never continue under other rows, another recipe, other code or another platform: it is looked up by the
+lineage key and the platform of the stage that is to be trained, which cover all of that. A damaged one is no loss but
+of time: it is discarded, and the stage starts from the one before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sisa.checkpoints import SnapshotId, Snapshots, StageId
+from sisa.errors import DamagedError, StoreError
+from sisa.state import JSON, StageState
+from sisa.training.events import Kept, Report, Resumed, Said
+from sisa.training.stage import Keeping, Stopped, position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a snapshot says of the training that it is in the middle of."""
+
+    parent_key: str
+    records: int
+    worker: str
+    fingerprint: dict[str, JSON]
+
+
+@dataclass
+class Recovery:
+    """The snapshots of one stage while it trains."""
+
+    snapshots: Snapshots
+    stage_id: StageId
+    report: Report
+    seconds_before: float = 0.0
+    """For how long the stage was trained before it went on here."""
+
+    def find(self, *, records: int, batch_size: int) -> StageState | None:
+        """Return the newest state of the stage that is whole, or None; damaged ones are discarded, with a word."""
+        for snapshot_id in reversed(self.snapshots.of_stage(self.stage_id)):
+            try:
+                manifest, amid = self.snapshots.load(snapshot_id)
+            except DamagedError:
+                self.report(Said(f"a recovery snapshot of {self.stage_id} is damaged: it is discarded"))
+                self.snapshots.remove(snapshot_id)
+                continue
+            epoch, batch = position(amid)
+            self.seconds_before = manifest.seconds
+            behind = epoch * records + min(batch * batch_size, records)
+            self.report(Said(f"{self.stage_id} goes on from a recovery snapshot, in its epoch {epoch + 1}"))
+            self.report(Resumed(self.stage_id.shard, self.stage_id.stage, behind))
+            return amid
+        return None
+
+    def keeping(self, every_s: float | None, said: Provenance, *, stopped: Callable[[], bool]) -> Keeping | None:
+        """Return how the stage's state is kept while it trains; None if it isn't."""
+        if every_s is None:
+            return None
+        started = time.monotonic()
+        failed: list[bool] = []
+
+        def keep(amid: StageState, step: int) -> None:
+            if stopped():  # its rows may be about to be erased: nothing of them reaches the disk any more
+                raise Stopped(f"{self.stage_id} was stopped while it trained")
+            try:
+                self.snapshots.write(
+                    SnapshotId(self.stage_id, step),
+                    amid,
+                    parent_key=said.parent_key,
+                    records=said.records,
+                    seconds=self.seconds_before + time.monotonic() - started,
+                    worker=said.worker,
+                    fingerprint=said.fingerprint,
+                )
+            except StoreError as error:  # a full disk: the training is not worse off than without snapshots
+                if not failed:
+                    self.report(Said(f"{error.message}; the training goes on without it"))
+                failed.append(True)
+            else:
+                self.report(Kept(self.stage_id.shard, self.stage_id.stage))
+
+        return Keeping(every_s=every_s, keep=keep)
+
+    def discard(self) -> None:
+        """Remove what is there of the stage: it lies in the store as a whole."""
+        for snapshot_id in self.snapshots.of_stage(self.stage_id):
+            self.snapshots.remove(snapshot_id)
