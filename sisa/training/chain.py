@@ -139,14 +139,13 @@ class _Chain:
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
         self._keys = chain_keys(task)
         self._together = Together(task.recipe)
-        # What a killed worker left unfinished, and snapshots from which no stage can go on.
-        self._checkpoints.sweep(task.shard, keep=self._kept, keep_snapshot=self._resumable)
         self._rows: list[Columns] = []
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
     def walk(self) -> None:
         """Reuse what is there, train what isn't."""
-        self._checkpoints.sweep(self._task.shard, keep=self._kept)  # what a killed worker left unfinished
+        # What a killed worker left unfinished, and snapshots from which no stage can go on.
+        self._checkpoints.sweep(self._task.shard, keep=self._kept, keep_snapshot=self._resumable)
         with contextlib.closing(self._together):
             for stage in range(1, len(self._keys) + 1):
                 manifest = self._found(stage)
