@@ -16,10 +16,12 @@ class SisaError(Exception):
 
     exit_code: ClassVar[int] = 3
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", without_ids: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.without_ids = without_ids or message
+        """The message for logs that others read: nobody's id is in it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (workers raise them), and keyword-only arguments would be lost.
@@ -57,7 +59,9 @@ class UnknownIdsError(UserError):
     """Ids were asked for that the store doesn't hold; nothing was changed."""
 
     def __init__(self, message: str, *, missing: Sequence[str], hint: str = "") -> None:
-        super().__init__(message, hint=hint)
+        count = len(missing)
+        noun = "id is" if count == 1 else "ids are"
+        super().__init__(message, hint=hint, without_ids=f"{count} {noun} not in the store; nothing was changed")
         self.missing = list(missing)
 
 

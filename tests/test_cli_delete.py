@@ -379,3 +379,12 @@ def test_stdout_is_one_object_while_stderr_says_what_goes_on(cli, kept):
     said = cli("delete", "--store", "people", "--json", "--subject", kept[0])
     assert one_object(said.out)["state"] == "repaired"
     assert said.err.startswith("accepted as del-")
+
+
+def test_with_no_ids_unknown_ones_are_counted(cli, kept):
+    for words in (["--subject", "nobody"], ["--subject", "nobody", kept[0]]):
+        failure = cli.refused("delete", "--store", "people", *words, "--no-ids")
+        assert failure.message == "1 id is not in the store; nothing was changed"
+    answer = cli.json("delete", "--store", "people", "--subject", "nobody", "--ignore-missing", "--no-ids")
+    assert answer["missing"] is None
+    assert cli.json("delete", "--store", "people", "--subject", "nobody", "--ignore-missing")["missing"] == ["nobody"]

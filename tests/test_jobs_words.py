@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import yaml
-from cli_kit import Cli, prepare
+from cli_kit import Cli, changed, people, prepare
 from cli_kit import recipe as plain_recipe
 
 from sisa.cli import jobmain
@@ -58,7 +58,7 @@ def test_a_training_takes_its_recipe_along_and_attaches_to_the_cluster_it_runs_o
         (["verify", "--store", "s3://b/p", "--executor", "inline"], ["verify", "--store", "s3://b/p", "--executor", "inline"]),
         (
             ["delete", "--store", "/s", "--from", "/s/leavers.txt"],
-            ["delete", "--store", "/s", "--from", "/s/leavers.txt", "--address", "auto", "--no-ids"],
+            ["delete", "--store", "/s", "--from", "/s/leavers.txt", "--address", "auto"],
         ),
     ],
 )  # fmt: skip
@@ -117,6 +117,10 @@ def test_only_what_was_named_is_sent(tmp_path, monkeypatch):
     (tmp_path / "runs" / "ledger.db").touch()
     with pytest.raises(UserError, match="a store is never sent"), _sent(None, ("runs",)):
         pass
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "runs")
+    with pytest.raises(UserError, match="symbolic links aren't followed"), _sent(None, ("models",)):
+        pass
 
 
 def test_of_a_wheel_the_package_alone_is_taken(tmp_path):
@@ -131,16 +135,30 @@ def test_of_a_wheel_the_package_alone_is_taken(tmp_path):
 
 def test_a_job_without_its_variables_does_nothing(monkeypatch, capsys):
     monkeypatch.delenv("NOT_THERE", raising=False)
-    monkeypatch.setattr(jobmain, "run", lambda words: pytest.fail(f"it ran {words}"))
+    monkeypatch.setattr(jobmain, "run", lambda words, **_: pytest.fail(f"it ran {words}"))
     assert jobmain.main(["--need", "PATH", "--need", "NOT_THERE", "--", "repair"]) == 2
     assert "not set on the node that runs the job: NOT_THERE\n" in capsys.readouterr().err
 
 
 def test_a_job_with_them_runs_its_command(monkeypatch):
     ran = []
-    monkeypatch.setattr(jobmain, "run", lambda words: ran.append(words) or 7)
+    monkeypatch.setattr(jobmain, "run", lambda words, **how: ran.append((words, how)) or 7)
     assert jobmain.main(["--need", "PATH", "--", "repair", "--need", "x"]) == 7
-    assert ran == [["repair", "--need", "x"]]
+    assert jobmain.main(["--", "delete", "--from", "x"]) == 7
+    assert ran == [
+        (["repair", "--need", "x"], {"name_ids": False}),
+        (["delete", "--from", "x", "--no-ids"], {"name_ids": False}),
+    ]
+
+
+def test_a_training_as_a_job_names_nobody_whose_rows_are_wrong(cli, capsys, tmp_path):
+    table = people()
+    prepare(tmp_path, changed(table, person=["p017", "p017", *table["person"].to_pylist()[2:]]))
+    assert jobmain.main(["--", "train", "recipe.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "error: 'person' must not repeat, but 1 record ids occur more than once\n" in said
+    assert "p017" not in said
+    assert "p017" in cli.refused("train", "recipe.yaml").message
 
 
 class Jobs:

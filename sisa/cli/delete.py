@@ -9,7 +9,7 @@ import click
 
 from sisa.cli.options import execution_options, json_option, print_json, store_option, valid_text
 from sisa.cli.reporting import reporter
-from sisa.cli.wording import counted, deletion_lines
+from sisa.cli.wording import deletion_lines
 from sisa.errors import UnknownIdsError, UserError
 
 
@@ -90,8 +90,7 @@ def delete(
     except UnknownIdsError as error:
         if not no_ids:
             raise
-        count = len(error.missing)
-        raise UserError(f"{counted(count, 'id')} not in the store; nothing was changed", hint=error.hint) from None
+        raise UserError(error.without_ids, hint=error.hint) from None
     if as_json:
         print_json({**done.as_dict(), **({"missing": None} if no_ids else {})})
         return

@@ -21,7 +21,8 @@ def main(words: list[str]) -> int:
         sys.stderr.write(f"error: not set on the node that runs the job: {', '.join(missing)}\n")
         sys.stderr.write("hint: Hand it to the cluster's containers from a secret; values never travel with a job.\n")
         return MISUSED
-    return run(words[1:] if words[:1] == ["--"] else words)
+    words = words[1:] if words[:1] == ["--"] else words
+    return run([*words, "--no-ids"] if words[:1] == ["delete"] else words, name_ids=False)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,6 @@ def _told(verb: str, words: list[str], asked: dict[str, Any], *, as_json: bool) 
     if verb == "train":  # the recipe lies in the job's folder, under its own name
         words = [Path(word).name if word == asked["config"] else word for word in words]
     added = ["--address", "auto"] if asked["executor"] != "inline" else []
-    added += ["--no-ids"] if verb == "delete" and not asked["no_ids"] else []
     added += ["--json"] if as_json and not asked["as_json"] else []
     return [verb, *words, *added]
 

@@ -65,8 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(run(words))
 
 
-def run(words: list[str]) -> int:
-    """Run one command; return its exit code."""
+def run(words: list[str], *, name_ids: bool = True) -> int:
+    """Run one command; return its exit code.
+
+    Args:
+        words: What was typed.
+        name_ids: Whether messages may name ids; others than the caller may read those of a job.
+    """
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     if words[:1] == ["--json"]:  # before the verb it means the same
         words = [*words[1:2], *words[:1], *words[2:]] if words[1:] else []
@@ -77,10 +82,14 @@ def run(words: list[str]) -> int:
     except click.ClickException as error:
         return _misused(error, words, as_json=as_json)
     except SisaError as error:
+<<<<<<< HEAD
         place = getattr(error, "place", "")
         return _failed(
             f"{error.message} ({place})" if place else error.message, error.hint, error.exit_code, as_json=as_json
         )
+=======
+        return _failed(error.message if name_ids else error.without_ids, error.hint, error.exit_code, as_json=as_json)
+>>>>>>> jobs
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)
     except OSError as error:

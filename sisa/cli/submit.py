@@ -176,6 +176,11 @@ def _sent(recipe: Path | None, include: tuple[str, ...]) -> Iterator[Path]:
 def _copy(path: Path, folder: Path) -> None:
     if (folder / path.name).exists():
         raise UserError(f"--include: {path.name!r} is sent already", hint="What is sent needs names of its own.")
+    if path.is_symlink() or any(below.is_symlink() for below in path.rglob("*")):
+        raise UserError(
+            f"--include {str(path)!r}: symbolic links aren't followed",
+            hint="Name what they point to, if it may be sent.",
+        )
     if path.is_dir():
         if any((path / name).exists() for name in STORE_FILES):
             raise UserError(f"--include {str(path)!r}: a store is never sent", hint="Name modules of the model only.")

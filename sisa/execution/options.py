@@ -38,10 +38,10 @@ class Execution:
     def need(self, recipe: Recipe) -> Need:
         """Return what each worker takes of its machine."""
         spec = self.each(recipe)
-        devices = recipe.workers.devices_per_shard  # all of them on one machine
+        devices = recipe.workers.devices_per_shard  # all of them on one machine, where memory is what each needs
         gpus = spec.gpus if spec.gpus is not None else float(devices * (recipe.training.device == "cuda"))
         cpus = spec.cpus or devices * recipe.training.threads
-        return Need(cpus=cpus, gpus=gpus, memory_bytes=spec.memory_bytes or 0)
+        return Need(cpus=cpus, gpus=gpus, memory_bytes=devices * (spec.memory_bytes or 0))
 
     def check(self) -> None:
         """Make sure that somebody listens at ``address``: it costs a moment, and is asked before any work is done.

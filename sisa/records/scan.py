@@ -95,9 +95,11 @@ def _check_unique(hashes: NDArray[np.uint64], key: bytes, intake: Intake) -> Non
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         shown = ", ".join(map(repr, twice[:SHOWN])) + (", ..." if len(twice) > SHOWN else "")
+        problem = f"{intake.recipe.data.record_id!r} must not repeat, but {len(twice)} record ids occur more than once"
         raise SourceError(
-            f"{intake.recipe.data.record_id!r} must not repeat, but {len(twice)} record ids occur more than once: {shown}",
+            f"{problem}: {shown}",
             hint="Give each row its own id; name the person in data.subject_id.",
+            without_ids=problem,
         )
 
 
