@@ -82,14 +82,8 @@ def run(words: list[str], *, name_ids: bool = True) -> int:
     except click.ClickException as error:
         return _misused(error, words, as_json=as_json)
     except SisaError as error:
-<<<<<<< HEAD
-        place = getattr(error, "place", "")
-        return _failed(
-            f"{error.message} ({place})" if place else error.message, error.hint, error.exit_code, as_json=as_json
-        )
-=======
-        return _failed(error.message if name_ids else error.without_ids, error.hint, error.exit_code, as_json=as_json)
->>>>>>> jobs
+        message, place = error.message if name_ids else error.without_ids, getattr(error, "place", "")
+        return _failed(f"{message} ({place})" if place else message, error.hint, error.exit_code, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)
     except OSError as error:

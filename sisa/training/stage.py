@@ -107,9 +107,7 @@ def train_stage(
     if not columns.count:
         return StageState()
     with training_flags(recipe):
-        run = _Run(
-            recipe, class_count=class_count, shard=shard, parent=amid or parent, columns=columns, group=group
-        )
+        run = _Run(recipe, class_count=class_count, shard=shard, parent=amid or parent, columns=columns, group=group)
         watch = _Watch(should_stop, on_progress, what=f"stage {stage} of shard {shard}")
         if keeping is not None:
             watch.keep_every(keeping.every_s, lambda: _keep(run, keeping, last_step=epochs * run.batches))
