@@ -153,6 +153,7 @@ def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> 
         known=known if plan.enter else {},
         read_reused=plan.read_reused,
         heal=plan.heal,
+        ledger=store.recipe.ledger,
     )
 
 

@@ -2,6 +2,7 @@
 
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
+from sisa.ledger.place import Place, PostgresPlace, place_of
 from sisa.ledger.replicas import ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
 from sisa.ledger.stages import StageRow
@@ -16,6 +17,8 @@ __all__ = [
     "Ledger",
     "Member",
     "Partition",
+    "Place",
+    "PostgresPlace",
     "ReplicaRow",
     "Request",
     "Scope",
@@ -24,4 +27,5 @@ __all__ = [
     "Token",
     "Version",
     "View",
+    "place_of",
 ]

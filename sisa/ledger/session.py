@@ -1,0 +1,301 @@
+"""One session with a PostgreSQL server: set up so that a commit is durable and nothing waits for ever.
+
+What is set for each session, whatever the server's defaults: commits wait until they are on disk (and on the
+synchronous standbys, if the server has some); statements, waits for others and pauses within a transaction have an
+end; keepalives on both sides notice a host that is gone. The client has a deadline of its own for each statement, for
+a server that is frozen while its machine answers.
+
+What would void it: a pooler between us and the server that hands sessions around per transaction; a server that runs
+with ``fsync`` off, which is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import errors, sql
+from psycopg.pq import TransactionStatus
+
+from sisa.errors import BusyError, DamagedError, LostError, StoreError, UserError
+from sisa.ledger.database import BUSY_TIMEOUT_S
+from sisa.ledger.place import PostgresPlace
+
+CONNECT_TIMEOUT_S = 10
+IDLE_S, INTERVAL_S, PROBES = 10, 5, 3
+"""Keepalives: a peer that is gone is noticed after some 25 seconds."""
+GRACE_S = 10.0
+"""How much longer the client waits for an answer than the server is allowed to take."""
+OLDEST_SERVER = 140000
+RECONNECT = (
+    "Run the command again when the database answers: what was committed is there, and every step can be repeated."
+)
+PRIMARY = "Point the URL at the primary (target_session_attrs=read-write picks it from several hosts)."
+SETTINGS = {
+    "synchronous_commit": "on",
+    "lock_timeout": f"{BUSY_TIMEOUT_S:.0f}s",
+    "statement_timeout": f"{BUSY_TIMEOUT_S:.0f}s",
+    "idle_in_transaction_session_timeout": f"{BUSY_TIMEOUT_S:.0f}s",
+    "idle_session_timeout": "0",
+    "default_transaction_isolation": "read committed",
+    "client_connection_check_interval": f"{INTERVAL_S}s",
+    "tcp_keepalives_idle": str(IDLE_S),
+    "tcp_keepalives_interval": str(INTERVAL_S),
+    "tcp_keepalives_count": str(PROBES),
+    "tcp_user_timeout": f"{IDLE_S + INTERVAL_S * PROBES}s",
+    "client_min_messages": "warning",
+    "standard_conforming_strings": "on",
+    "bytea_output": "hex",
+    "row_security": "off",
+}
+_LOST = ("08", "57P01", "57P02", "57P03", "57P05", "25P03")
+"""Classes and codes of a connection that is gone: broken, shut down, crashed, or ended for idling."""
+_Result = TypeVar("_Result")
+
+
+class Row:
+    """One row of an answer, as ``sqlite3.Row`` is: by position, by name, or all values in order."""
+
+    __slots__ = ("_names", "_values")
+
+    def __init__(self, names: dict[str, int], values: tuple[Any, ...]) -> None:
+        self._names = names
+        self._values = values
+
+    def __getitem__(self, key: Any, /) -> Any:
+        return self._values[key if isinstance(key, int) else self._names[key]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def keys(self) -> list[str]:
+        """Return the columns' names."""
+        return list(self._names)
+
+
+def _row_maker(cursor: Any) -> Callable[[Sequence[Any]], Row]:
+    names = {column.name: position for position, column in enumerate(cursor.description or ())}
+    return lambda values: Row(names, tuple(values))
+
+
+class _Connection(psycopg.Connection[Row]):
+    """A connection that gives up on a server that doesn't answer."""
+
+    deadline_s: float | None = BUSY_TIMEOUT_S + GRACE_S
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        try:
+            return super().wait(gen, interval, self.deadline_s if timeout is None else timeout)
+        except errors._WaitTimeout:
+            self.pgconn.finish()  # the answer may still come, to a question that isn't asked any more
+            raise
+
+
+class Session:
+    """A connection whose failures are errors of ours."""
+
+    def __init__(self, place: PostgresPlace) -> None:
+        """Connect.
+
+        Raises:
+            StoreError: The server can't be reached, doesn't let us in, or isn't fit to hold a ledger.
+        """
+        self.place = place
+        self.warnings: list[str] = []
+        try:
+            self.connection = _connect(place)
+        except psycopg.Error as error:
+            raise _unreachable(place, error) from error
+        try:
+            self.connection.add_notice_handler(lambda told: self.warnings.append(told.message_primary or ""))
+            self._set_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        info = self.connection.info
+        if info.server_version < OLDEST_SERVER:
+            raise StoreError(
+                f"the ledger's server at {self.place.shown} is PostgreSQL {info.server_version // 10000}, expected 14 or newer",
+                hint="Use a newer server.",
+            )
+        settings = [("search_path", f'"{self.place.schema}"' if self.place.schema else ""), *SETTINGS.items()]
+        self.run("SELECT " + ", ".join(["set_config(?, ?, false)"] * len(settings)), [x for s in settings for x in s])
+        found = self.run(
+            "SELECT current_setting('fsync') = 'on' AND current_setting('full_page_writes') = 'on' AS durable,"
+            " current_setting('server_encoding') AS encoding, pg_is_in_recovery() AS behind"
+        )[0]
+        if found["behind"]:
+            raise StoreError(
+                f"the ledger's server at {self.place.shown} is a standby: it may not know of the latest deletions",
+                hint=PRIMARY,
+            )
+        if not found["durable"]:
+            raise StoreError(
+                f"the ledger's server at {self.place.shown} runs with fsync or full_page_writes off: "
+                "what it calls committed may be lost",
+                hint="Switch both on, or use another server.",
+            )
+        if found["encoding"] != "UTF8":
+            raise StoreError(
+                f"the ledger's database at {self.place.shown} is encoded in {found['encoding']}, expected UTF8",
+                hint="Make a database with ENCODING 'UTF8'.",
+            )
+
+    def run(self, statement: str, parameters: Any = ()) -> list[Row]:
+        """Run a statement, with ``?`` for values, and return its rows.
+
+        Raises:
+            StoreError: It failed.
+        """
+        return self.guarded(lambda: self._run(statement, parameters))
+
+    def _run(self, statement: str, parameters: Any) -> list[Row]:
+        cursor = self.connection.execute(translated(statement), parameters, prepare=None if parameters else False)
+        return cursor.fetchall() if cursor.description is not None else []
+
+    def many(self, statement: str, parameters: Any) -> None:
+        """Run a statement once for each set of parameters.
+
+        Raises:
+            StoreError: One failed.
+        """
+
+        def work() -> None:
+            with self.connection.cursor() as cursor:
+                cursor.executemany(translated(statement), parameters)
+
+        self.guarded(work)
+
+    def guarded(self, work: Callable[[], _Result]) -> _Result:
+        """Do something with the connection, and raise what goes wrong as an error of ours.
+
+        Raises:
+            StoreError: It went wrong.
+        """
+        try:
+            return work()
+        except psycopg.Error as error:
+            raise failure(self.place, error, broken=self.broken) from error
+
+    @property
+    def broken(self) -> bool:
+        """Whether the connection is known to be gone; asks nobody."""
+        return self.connection.closed or self.connection.info.transaction_status == TransactionStatus.UNKNOWN
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction was begun and not ended."""
+        return self.connection.info.transaction_status != TransactionStatus.IDLE
+
+    def be_patient(self, seconds: float) -> None:
+        """Set how long statements and waits for others may take."""
+        milliseconds = f"{seconds * 1000:.0f}ms"
+        self.run(
+            "SELECT set_config('lock_timeout', ?, false), set_config('statement_timeout', ?, false)",
+            (milliseconds, milliseconds),
+        )
+        self.connection.deadline_s = seconds + GRACE_S
+
+    def __del__(self) -> None:
+        # A thread that ends drops its store without a word.
+        if hasattr(self, "connection"):
+            self.connection.close()
+
+    def close(self) -> None:
+        """Close the connection; the server rolls back what is open and lets go of what is locked."""
+        self.connection.close()
+
+
+def _connect(place: PostgresPlace) -> _Connection:
+    connection = _Connection.connect(
+        place.url,
+        autocommit=True,
+        row_factory=_row_maker,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        keepalives=1,
+        keepalives_idle=IDLE_S,
+        keepalives_interval=INTERVAL_S,
+        keepalives_count=PROBES,
+        tcp_user_timeout=(IDLE_S + INTERVAL_S * PROBES) * 1000,
+        application_name=f"sisa {socket.gethostname()}:{os.getpid()}",
+        client_encoding="utf8",
+        options="",
+    )
+    assert isinstance(connection, _Connection)
+    return connection
+
+
+@lru_cache(maxsize=512)
+def translated(statement: str) -> bytes:
+    """Write a statement's placeholders as the driver wants them.
+
+    >>> translated("SELECT 7 % 2 WHERE x = ?")
+    b'SELECT 7 %% 2 WHERE x = %s'
+    """
+    return statement.replace("%", "%%").replace("?", "%s").encode()
+
+
+def identifier(name: str) -> str:
+    """Quote a name for use in a statement."""
+    return sql.Identifier(name).as_string()
+
+
+def _unreachable(place: PostgresPlace, error: psycopg.Error) -> StoreError:
+    reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return LostError(
+        f"the ledger at {place.shown} can't be reached: {reason}",
+        hint="Check that the server runs and lets this account in (PGPASSFILE, PGPASSWORD, pg_hba.conf), then try again.",
+    )
+
+
+def failure(place: PostgresPlace, error: psycopg.Error, *, broken: bool) -> StoreError | UserError:
+    """Say in our words what went wrong. No value of a statement is repeated."""
+    code, where = error.sqlstate or "", f"the ledger at {place.shown}"
+    if broken or code.startswith(_LOST) or isinstance(error, errors._WaitTimeout):
+        return LostError(f"{where}: the connection was lost", hint=RECONNECT)
+    if isinstance(error, psycopg.DataError) and "NUL" in str(error):
+        return UserError("a text has a NUL character, which can't be kept", hint="Leave it out.")
+    for codes, kind, reason, hint in _FAILURES:
+        if code.startswith(codes):
+            return kind(f"{where} {reason}", hint=hint)
+    return StoreError(f"{where} refused a statement ({type(error).__name__} {code})", hint=RECONNECT)
+
+
+_FAILURES: tuple[tuple[tuple[str, ...], type[StoreError], str, str], ...] = (
+    (("55P03", "40P01", "40001"), BusyError, "was held by others for too long", "Run the command again."),
+    (("57014",), BusyError, "didn't answer in time", "Run the command again; look at the server's load."),
+    (
+        ("25006",),
+        StoreError,
+        "is read-only: a standby, or a server that was told to take no writes; nothing was changed",
+        PRIMARY,
+    ),
+    (
+        ("53",),
+        StoreError,
+        "is out of room, memory or connections; nothing was changed",
+        "Make room, or end sessions, then run the command again.",
+    ),
+    (
+        ("42501",),
+        StoreError,
+        "doesn't let this account do what is needed",
+        "See the rights that a ledger needs in the documentation (Operations).",
+    ),
+    (
+        ("42P01", "42703", "3F000", "XX001", "XX002"),
+        DamagedError,
+        "is missing, damaged or not one",
+        "Restore the database from a backup of it.",
+    ),
+)
+"""SQLSTATE codes, or how they begin, and what they mean for a ledger."""
