@@ -17,7 +17,7 @@ from sisa.coordination import Coordination, Lock, coordination_at
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import make_folder, remove, sweep_temporary, write_durably
 from sisa.layout import Layout
-from sisa.ledger import STATES, Ledger, Place, PostgresPlace, place_of
+from sisa.ledger import REVISION, STATES, Ledger, Place, PostgresPlace, place_of
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
@@ -98,12 +98,12 @@ def is_store(layout: Layout) -> bool:
     return layout.recipe.is_file()
 
 
-def open_store(layout: Layout) -> OpenStore:
-    """Open the store at ``layout``.
+def _stored_recipe(layout: Layout) -> Recipe:
+    """Read the frozen recipe.
 
     Raises:
         UserError: There is no store.
-        DamagedError: A part of it is missing or unreadable.
+        DamagedError: The recipe can't be used.
     """
     if not is_store(layout):
         raise UserError(
@@ -111,12 +111,23 @@ def open_store(layout: Layout) -> OpenStore:
             hint="Give the path that `sisa train` wrote to.",
         )
     try:
-        recipe = load_recipe(layout.recipe)
+        return load_recipe(layout.recipe)
     except UserError as error:
         raise DamagedError(
             f"recipe.yaml of the store can't be used: {error.message}",
             hint="The recipe of a store is frozen: restore the file that `sisa train` wrote.",
         ) from error
+
+
+def open_store(layout: Layout) -> OpenStore:
+    """Open the store at ``layout``.
+
+    Raises:
+        UserError: There is no store.
+        DamagedError: A part of it is missing or unreadable.
+        StoreError: The ledger's server can't be reached, or the ledger has the form of another release.
+    """
+    recipe = _stored_recipe(layout)
     keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
     place = place_of(recipe.ledger, layout.ledger)
     ledger = Ledger.open(place)
@@ -237,7 +248,7 @@ def renew_exclusion_key(layout: Layout) -> None:
         StoreError: A deletion is not erased yet: under another key its rows could not be told any more.
         DamagedError: The ledger is missing or damaged.
     """
-    place = place_of(load_recipe(layout.recipe).ledger, layout.ledger)
+    place = place_of(_stored_recipe(layout).ledger, layout.ledger)
     with coordination_at(layout, place).lock("operation").held(timeout_s=0):
         ledger = Ledger.open(place)
         key = new_key()
@@ -253,6 +264,22 @@ def renew_exclusion_key(layout: Layout) -> None:
             ledger.remember(exclusion_key=key_check(key))
             ledger.database.note("exclusion_key_renewed")
         ledger.close()
+
+
+def migrate_ledger(layout: Layout) -> str:
+    """Bring the ledger of an older release to this one's form, and say which that is.
+
+    Raises:
+        UserError: There is no store.
+        BusyError: Another operation holds the store.
+        StoreError: The ledger is missing or damaged, or a newer release's.
+    """
+    recipe = _stored_recipe(layout)
+    place = place_of(recipe.ledger, layout.ledger)
+    with coordination_at(layout, place).lock("operation").held(timeout_s=0):
+        Ledger.migrate(place)
+    Ledger.open(place).close()
+    return REVISION
 
 
 def key_check(key: bytes) -> str:

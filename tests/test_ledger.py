@@ -254,6 +254,13 @@ def test_a_ledger_of_another_release_is_refused_with_what_to_do(ledger: Ledger, 
         Ledger.open(place)
 
 
+def test_migrating_a_ledger_of_a_newer_release_changes_nothing(ledger: Ledger, place: Place) -> None:
+    ledger.database.rows("UPDATE alembic_version SET version_num = '0999'")
+    ledger.close()
+    with pytest.raises(StoreError, match="newer release"):
+        Ledger.migrate(place)
+
+
 SECOND = """
 import sqlalchemy as sa
 from alembic import op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ import sisa.opening
 from sisa.cli.main import run
 from sisa.deletion import settle as settling
 from sisa.errors import DamagedError, LostError, LostLockError, RecipeError, StoreError, UserError
-from sisa.ledger import place_of
+from sisa.ledger import REVISION, place_of
 from sisa.ledger import session as sessions
 from sisa.store.store import Store
 from sisa.training import chain
@@ -476,3 +477,21 @@ def test_a_server_that_may_lose_commits_is_refused(store: Store, postgres: Serve
     finally:
         postgres.ask("ALTER SYSTEM RESET fsync")
         postgres.ask("SELECT pg_reload_conf()")
+
+
+# --- migrating --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgres"])
+def test_migrating_a_store_of_this_release_changes_nothing(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    store = kit.trained({**recipe, "ledger": recipe["ledger"] if engine == "postgres" else None}, tmp_path / "store")
+    events = store.opened.ledger.last_event()
+    assert run(["migrate", "--store", str(tmp_path / "store"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schema": REVISION}
+    with store.opened.operation_lock().held():
+        assert run(["migrate", "--store", str(tmp_path / "store")]) == 3
+    assert run(["migrate", "--store", str(tmp_path / "nowhere")]) == 2
+    assert store.opened.ledger.last_event() == events
+    store.close()

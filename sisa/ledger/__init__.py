@@ -5,11 +5,13 @@ from sisa.ledger.partitions import Partition
 from sisa.ledger.place import Place, PostgresPlace, place_of
 from sisa.ledger.replicas import ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
+from sisa.ledger.schema import REVISION
 from sisa.ledger.stages import StageRow
 from sisa.ledger.tokens import SCOPES, Scope, Token
 from sisa.ledger.versions import Member, Version
 
 __all__ = [
+    "REVISION",
     "SCOPES",
     "STATES",
     "Acceptance",

@@ -6,20 +6,23 @@ is one transaction: killed at any instant it leaves the old form or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import StaticPool
 
 if TYPE_CHECKING:
     import sqlite3
 
     import psycopg
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 VERSIONS = [MIGRATIONS / "versions"]
@@ -36,7 +39,7 @@ def migrate_sqlite(connection: sqlite3.Connection) -> None:
     def _(begun: Connection) -> None:
         begun.exec_driver_sql("BEGIN IMMEDIATE")
 
-    with engine.begin() as begun:
+    with _begun(engine) as begun:
         _upgrade(begun)
 
 
@@ -45,7 +48,7 @@ def migrate_postgres(connection: psycopg.Connection[Any]) -> None:
     engine = create_engine("postgresql+psycopg://", creator=lambda: connection, poolclass=StaticPool)
     for ending in ("do_begin", "do_commit", "do_rollback"):
         setattr(engine.dialect, ending, _nothing)
-    with engine.begin() as begun:
+    with _begun(engine) as begun:
         _upgrade(begun)
 
 
@@ -57,6 +60,16 @@ def _upgrade(begun: Connection) -> None:
     config.attributes["connection"] = begun
     with _ONE_AT_A_TIME:
         command.upgrade(config, "head")
+
+
+@contextlib.contextmanager
+def _begun(engine: Engine) -> Iterator[Connection]:
+    """Begin a transaction; what goes wrong is the driver's error, which the engines know how to tell."""
+    try:
+        with engine.begin() as begun:
+            yield begun
+    except DBAPIError as error:
+        raise error.orig or error from error
 
 
 def _escaped(path: Path) -> str:

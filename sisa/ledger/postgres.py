@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from sisa.errors import DamagedError, LostError, SisaError, StoreError
 from sisa.ledger.database import BUSY_TIMEOUT_S, Database, Row
 from sisa.ledger.place import PostgresPlace
-from sisa.ledger.schema import REVISION_OF, check_revision
+from sisa.ledger.schema import REVISION_OF, check_migratable, check_revision
 from sisa.ledger.session import Session, identifier
 
 WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED; UPDATE counters SET last = last + 1 WHERE name = 'turns'"
@@ -68,7 +68,7 @@ class PostgresDatabase(Database):
         self._writing = False
         try:
             self._system = str(self.rows("SELECT system_identifier FROM pg_control_system()")[0][0])
-            check_revision(_revision(self), f"the ledger at {place.shown}")
+            check_revision(_revision(self._session), f"the ledger at {place.shown}")
             self.opened_as = self.identity()
         except BaseException:
             self.close()
@@ -106,6 +106,7 @@ class PostgresDatabase(Database):
 
         with contextlib.closing(Session(place)) as session:
             _take_turn(session)
+            check_migratable(_revision(session), f"the ledger at {place.shown}")
             session.guarded(lambda: migrate_postgres(session.connection))
             _commit(session)
 
@@ -228,9 +229,9 @@ def _form_of(session: Session, schema: str) -> set[tuple[str, ...]]:
     return {tuple(str(value).replace(f"{schema}.", "") for value in row) for row in rows}
 
 
-def _revision(database: PostgresDatabase) -> str | None:
-    row = database.row(REVISION_OF)
-    return str(row[0]) if row is not None else None
+def _revision(session: Session) -> str | None:
+    rows = session.run(REVISION_OF)
+    return str(rows[0][0]) if rows else None
 
 
 def _is_ingested(session: Session) -> bool:

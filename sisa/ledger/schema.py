@@ -35,3 +35,14 @@ def check_revision(found: str | None, what: str) -> None:
         f"{what} has schema {found}, from an older release; this one needs {REVISION}",
         hint="End every command and server of older releases, make a backup, then run `sisa migrate`.",
     )
+
+
+def check_migratable(found: str | None, what: str) -> None:
+    """Make sure that a ledger has this release's form, or an older one.
+
+    Raises:
+        StoreError: It has a newer one.
+        DamagedError: It has none.
+    """
+    if found is None or not found.isdecimal() or int(found) > int(REVISION):
+        check_revision(found, what)

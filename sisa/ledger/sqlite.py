@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from sisa.errors import BusyError, DamagedError, StoreError
 from sisa.ledger.database import BUSY_TIMEOUT_S, Database, Row
-from sisa.ledger.schema import REVISION_OF, check_revision
+from sisa.ledger.schema import REVISION_OF, check_migratable, check_revision
 
 UNWRITABLE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_READONLY})
 """SQLite's codes for a disk or a permission that stands in the way: the ledger itself is whole."""
@@ -37,7 +37,7 @@ class SqliteDatabase(Database):
         self.opened_as = self.identity()
         self._connection = _connected(path)
         try:
-            check_revision(self._revision(), f"the store's ledger ({path.name})")
+            check_revision(_revision(self._connection, path), f"the store's ledger ({path.name})")
             if self.stale():
                 raise StoreError(f"the store's ledger ({path.name}) is being replaced", hint="Try again.")
         except BaseException:
@@ -66,18 +66,8 @@ class SqliteDatabase(Database):
         if not path.exists():
             raise DamagedError(f"the store's ledger ({path.name}) is missing", hint=RESTORE)
         with contextlib.closing(_connected(path)) as connection:
+            check_migratable(_revision(connection, path), f"the store's ledger ({path.name})")
             migrate_sqlite(connection)
-
-    def _revision(self) -> str | None:
-        try:
-            row = self._connection.execute(REVISION_OF).fetchone()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):
-                return None
-            raise _translated(error, self.path) from error
-        except sqlite3.Error as error:
-            raise _translated(error, self.path) from error
-        return str(row[0]) if row is not None else None
 
     def close(self) -> None:
         """Close the connection."""
@@ -185,6 +175,16 @@ def _connected(path: Path) -> sqlite3.Connection:
         connection.close()
         raise _translated(error, path) from error
     return connection
+
+
+def _revision(connection: sqlite3.Connection, path: Path) -> str | None:
+    try:
+        row = connection.execute(REVISION_OF).fetchone()
+    except sqlite3.Error as error:
+        if isinstance(error, sqlite3.OperationalError) and "no such table" in str(error):
+            return None
+        raise _translated(error, path) from error
+    return str(row[0]) if row is not None else None
 
 
 def _form(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
