@@ -20,6 +20,16 @@ import psycopg
 import pytest
 
 PATIENCE_S = 60.0
+OPERATOR, WORKER = "operator", "worker"
+RIGHTS = (
+    "CREATE ROLE operator LOGIN PASSWORD '{secret}'",
+    "CREATE ROLE worker LOGIN PASSWORD '{secret}'",
+    "CREATE DATABASE sisa ENCODING 'UTF8' TEMPLATE template0",
+    "REVOKE ALL ON DATABASE sisa FROM PUBLIC",
+    "GRANT CONNECT, CREATE ON DATABASE sisa TO operator",
+    "GRANT CONNECT ON DATABASE sisa TO worker",
+)
+"""What the pages tell an administrator to do: no test has more rights than that."""
 DEBIAN = Path("/usr/lib/postgresql")
 SETTINGS = {
     "listen_addresses": "127.0.0.1", "max_connections": "200", "shared_buffers": "32MB", "autovacuum": "off",
@@ -69,9 +79,9 @@ class Server:
         """For the administrator, secret included."""
         return f"postgresql://admin:{self.secret}@127.0.0.1:{self.port}/postgres"
 
-    def url(self, database: str = "sisa") -> str:
+    def url(self, user: str = OPERATOR) -> str:
         """What a recipe says."""
-        return f"postgresql://admin@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{user}@127.0.0.1:{self.port}/sisa"
 
     def _run(self, program: str, *words: object) -> None:
         subprocess.run(
@@ -147,7 +157,8 @@ def running(*, standby_of: Server | None = None, **settings: str) -> Iterator[Se
         server.start(**settings)
         try:
             if standby_of is None:
-                server.ask("CREATE DATABASE sisa", database="postgres")
+                for statement in RIGHTS:
+                    server.ask(statement.format(secret=server.secret), database="postgres")
             yield server
         finally:
             server.stop()

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import crash_kit as kit
 import psycopg
 import pytest
-from postgres_kit import Server
+from postgres_kit import WORKER, Server, running
 
 import sisa.opening
 from sisa.cli.main import run
 from sisa.deletion import settle as settling
 from sisa.errors import DamagedError, LostError, LostLockError, RecipeError, StoreError, UserError
-from sisa.ledger import REVISION, place_of
+from sisa.execution import build as building
+from sisa.ledger import REVISION, PostgresPlace, place_of
 from sisa.ledger import session as sessions
 from sisa.store.store import Store
 from sisa.training import chain
@@ -147,7 +151,7 @@ def test_what_is_shown_of_a_place_has_no_parameters() -> None:
 
 def test_another_ledger_than_the_stores_is_a_difference(store: Store, recipe: dict[str, Any]) -> None:
     for other in (None, "postgresql://elsewhere/sisa"):
-        with pytest.raises(RecipeError, match="ledger: the store has 'postgresql://admin"):
+        with pytest.raises(RecipeError, match="ledger: the store has 'postgresql://operator"):
             kit.train({**recipe, "ledger": other}, store=store.opened.layout.root, executor="inline")
 
 
@@ -464,7 +468,7 @@ def test_nobody_is_let_in_without_the_secret_and_it_is_not_repeated(
     monkeypatch.setenv("PGPASSWORD", "not-the-secret")
     assert run(["status", "--store", str(store.opened.layout.root)]) == 3
     told = capsys.readouterr().err
-    assert f"postgresql://admin@127.0.0.1:{postgres.port}/sisa can't be reached" in told
+    assert f"postgresql://operator@127.0.0.1:{postgres.port}/sisa can't be reached" in told
     assert "not-the-secret" not in told
 
 
@@ -495,3 +499,61 @@ def test_migrating_a_store_of_this_release_changes_nothing(
     assert run(["migrate", "--store", str(tmp_path / "nowhere")]) == 2
     assert store.opened.ledger.last_event() == events
     store.close()
+
+
+# --- accounts and servers ---------------------------------------------------------------------------
+
+
+def test_a_worker_trains_with_no_more_than_a_lock_and_the_marks(
+    store: Store, postgres: Server, people: dict[tuple[int, int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account of its machine is told by the machine; it can read nothing of anybody's history."""
+    store.delete(subjects=[people[1, 1][0]], defer=True)
+    schema = store.opened.place.schema  # type: ignore[union-attr]
+    postgres.ask(f"GRANT USAGE ON SCHEMA {schema} TO {WORKER}")
+    postgres.ask(f"GRANT SELECT ON {schema}.marks TO {WORKER}")
+    monkeypatch.setenv("PGUSER", WORKER)
+    url = postgres.url().replace("operator@", "")
+    with contextlib.closing(sessions.Session(PostgresPlace(url, schema))) as session:
+        assert session.run("SELECT current_user")[0][0] == WORKER
+        with pytest.raises(StoreError, match="doesn't let this account"):
+            session.run("SELECT * FROM exclusions")
+    real = building.run_inline
+
+    def as_worker(tasks: list[chain.ChainTask], *rest: Any) -> None:
+        real([replace(task, ledger=f"{url}#{schema}") for task in tasks], *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "run_inline", as_worker)
+        assert store.repair(executor="inline").stages_retrained == 2
+    assert_whole(store)
+
+
+def test_an_acknowledged_deletion_survives_the_primary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A synchronous standby takes over; who was connected to the old one is told, and comes back by the URL."""
+    with running(synchronous_standby_names="*", synchronous_commit="local") as primary:
+        monkeypatch.setenv("PGPASSWORD", primary.secret)
+        with running(standby_of=primary) as standby:
+            recipe = kit.make_recipe(tmp_path, TABLE)
+            hosts = f"postgresql://operator@/sisa?host=127.0.0.1,127.0.0.1&port={primary.port},{standby.port}"
+            store = kit.trained({**recipe, "ledger": f"{hosts}&target_session_attrs=read-write"}, tmp_path / "store")
+            person = next(name for name, (_, slice_) in kit.places(store, TABLE).items() if slice_ == 1)
+            accepted = store.delete(subjects=[person], defer=True)
+            frozen = store.opened.layout.recipe
+            text = frozen.read_text()
+            frozen.write_text(re.sub(r"postgresql://[^#]*", standby.url(), text))
+            with pytest.raises(StoreError, match="is a standby"):
+                kit.reopened(tmp_path / "store")
+            frozen.write_text(text)
+            primary.stop(signal.SIGQUIT)
+            standby.ask("SELECT pg_promote()", database="postgres")
+            standby.ask("ALTER SYSTEM SET synchronous_standby_names = ''", database="postgres")
+            standby.ask("SELECT pg_reload_conf()", database="postgres")
+            with pytest.raises(LostError):
+                store.delete(subjects=[person], defer=True)
+            store.close()
+            again = kit.reopened(tmp_path / "store")
+            answered = again.delete(subjects=[person], executor="inline")
+            assert (answered.request, answered.repeated) == (accepted.request, True)
+            assert_whole(again)
+            again.close()

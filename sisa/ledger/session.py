@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -31,6 +31,8 @@ IDLE_S, INTERVAL_S, PROBES = 10, 5, 3
 GRACE_S = 10.0
 """How much longer the client waits for an answer than the server is allowed to take."""
 OLDEST_SERVER = 140000
+MANY = 10_000
+"""Sets of values that are sent at once."""
 RECONNECT = (
     "Run the command again when the database answers: what was committed is there, and every step can be repeated."
 )
@@ -162,18 +164,18 @@ class Session:
         cursor = self.connection.execute(translated(statement), parameters, prepare=None if parameters else False)
         return cursor.fetchall() if cursor.description is not None else []
 
-    def many(self, statement: str, parameters: Any) -> None:
+    def many(self, statement: str, parameters: Sequence[Any]) -> None:
         """Run a statement once for each set of parameters.
 
         Raises:
             StoreError: One failed.
         """
+        for first in range(0, len(parameters), MANY):  # each answer has its own deadline
+            self.guarded(partial(self._many, statement, parameters[first : first + MANY]))
 
-        def work() -> None:
-            with self.connection.cursor() as cursor:
-                cursor.executemany(translated(statement), parameters)
-
-        self.guarded(work)
+    def _many(self, statement: str, parameters: Sequence[Any]) -> None:
+        with self.connection.cursor() as cursor:
+            cursor.executemany(translated(statement), parameters)
 
     def guarded(self, work: Callable[[], _Result]) -> _Result:
         """Do something with the connection, and raise what goes wrong as an error of ours.
