@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from postgres_kit import Server
 
@@ -165,6 +166,22 @@ def test_keys_and_digests_of_a_purged_stage_leave_the_files(ledger: Ledger, byte
         (1, 2),
         (1, 3),
     ]
+
+
+def test_what_somebody_still_sees_is_not_called_gone(postgres: Server, postgres_place: PostgresPlace) -> None:
+    """A dump, or a session that was forgotten: the server carries along what it may still ask for."""
+    made = Ledger.create(postgres_place)
+    made.stages.enter(stage(0, 1), changes={})
+    with psycopg.connect(postgres.dsn, dbname="sisa") as dump:
+        dump.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        dump.execute("SELECT 1")
+        made.stages.forget(stage(0, 1))
+        made.database.be_patient(0.1)
+        with pytest.raises(BusyError, match="keeps what was deleted from stages"):
+            made.shed()
+    made.database.be_patient(30.0)
+    made.shed()
+    made.close()
 
 
 def test_states_move_forward_only(ledger: Ledger) -> None:

@@ -20,17 +20,21 @@ if the server gave up waiting for a synchronous standby, which it tells by a war
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from sisa.errors import DamagedError, LostError, SisaError, StoreError
-from sisa.ledger.database import BUSY_TIMEOUT_S, Database, Row
+from sisa.errors import BusyError, DamagedError, LostError, SisaError, StoreError
+from sisa.ledger.database import Database, Row
 from sisa.ledger.place import PostgresPlace
 from sisa.ledger.schema import REVISION_OF, check_migratable, check_revision
 from sisa.ledger.session import Session, identifier
 
 WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED; UPDATE counters SET last = last + 1 WHERE name = 'turns'"
+RETRY_S = 0.2
+_CARRIED = re.compile(r"(\d+) dead row versions cannot be removed yet")
 READING = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 _IDENTITY = """
 SELECT (SELECT oid FROM pg_namespace WHERE nspname = ?) AS schema, (SELECT value FROM facts WHERE name = 'identity')
@@ -192,15 +196,27 @@ class PostgresDatabase(Database):
         """Write tables anew without their dead rows; the old files are removed.
 
         The write-ahead log, standbys and backups keep what they have: see the guarantee.
+
+        Raises:
+            BusyError: Somebody still sees what was deleted: the server carries it along until their transaction ends.
         """
-        self._session.run("SET statement_timeout = 0")
-        self._session.connection.deadline_s = None
-        try:
-            for table in tables:
-                self._session.run(f"VACUUM (FULL) {identifier(table)}")
-        finally:
-            if not self._session.broken:
-                self.be_patient(BUSY_TIMEOUT_S)
+        deadline_s = time.monotonic() + self._session.patience_s
+        for table in tables:
+            while self._written_anew(table):
+                if time.monotonic() > deadline_s:
+                    raise BusyError(
+                        f"the ledger at {self.place.shown} keeps what was deleted from {table}: an older transaction "
+                        "in this database still sees it",
+                        hint="End it (a dump, an idle session: see pg_stat_activity), then run `sisa repair`.",
+                    )
+                time.sleep(RETRY_S)
+
+    def _written_anew(self, table: str) -> int:
+        """Write a table anew; return how many rows that were deleted had to be carried along."""
+        with self._session.unhurried():
+            self._session.told.clear()
+            self._session.run(f"VACUUM (FULL, VERBOSE) {identifier(table)}")
+        return sum(int(number) for text in self._session.told for number in _CARRIED.findall(text))
 
     def check(self) -> None:
         """Nothing to ask: a server checks pages as they are read (if it was made with checksums), and all are read."""

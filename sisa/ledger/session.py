@@ -11,6 +11,7 @@ with ``fsync`` off, which is refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -111,16 +112,25 @@ class Session:
         """
         self.place = place
         self.warnings: list[str] = []
+        """What the server warned of."""
+        self.told: list[str] = []
+        """The details of what it told beside its answers."""
+        self.patience_s = BUSY_TIMEOUT_S
         try:
             self.connection = _connect(place)
         except psycopg.Error as error:
             raise _unreachable(place, error) from error
         try:
-            self.connection.add_notice_handler(lambda told: self.warnings.append(told.message_primary or ""))
+            self.connection.add_notice_handler(self._take_notice)
             self._set_up()
         except BaseException:
             self.close()
             raise
+
+    def _take_notice(self, told: psycopg.errors.Diagnostic) -> None:
+        if told.severity_nonlocalized == "WARNING":
+            self.warnings.append(told.message_primary or "")
+        self.told.append(told.message_detail or "")
 
     def _set_up(self) -> None:
         info = self.connection.info
@@ -206,6 +216,18 @@ class Session:
             (milliseconds, milliseconds),
         )
         self.connection.deadline_s = seconds + GRACE_S
+        self.patience_s = seconds
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Let a statement take its time; waiting for others has an end all the same."""
+        self.run("SET statement_timeout = 0")
+        self.connection.deadline_s = None
+        try:
+            yield
+        finally:
+            if not self.broken:
+                self.be_patient(self.patience_s)
 
     def __del__(self) -> None:
         # A thread that ends drops its store without a word.
