@@ -143,6 +143,13 @@ def test_what_a_url_may_not_say_is_refused_before_anything_is_made(
     assert not (tmp_path / "new").exists()
 
 
+def test_without_a_driver_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match="psycopg is not installed") as refused:
+        place_of("postgresql://db/sisa", Path("unused"))
+    assert "sisa[postgres]" in refused.value.hint
+
+
 def test_what_is_shown_of_a_place_has_no_parameters() -> None:
     place = place_of("postgres://me@db:5433/sisa?sslmode=require&service=x", Path("unused"))
     assert place.shown == "postgresql://me@db:5433/sisa"  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Where a ledger lies: a SQLite file, or a schema of a PostgreSQL database. Pure; the one place that reads the field.
+"""Where a ledger lies: a SQLite file, or a schema of a PostgreSQL database. The one place that reads the field.
 
 A database is named by a URL, the schema by its fragment: ``postgresql://host/sisa#sisa_0f3c...``. The fragment is
 made with the store and kept in its frozen recipe, so that many stores share one database. A URL never holds a secret:
@@ -7,6 +7,7 @@ it is copied into the store, shown in messages and sent to workers.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,11 @@ def place_of(text: str | None, default: Path) -> Place:
     if parts.fragment and not SCHEMA.fullmatch(parts.fragment):
         raise UserError("ledger: the URL's fragment is not the name of a store's schema", hint="Leave it out.")
     url = urlunsplit((SCHEMES[0], parts.netloc, parts.path, urlencode(given, quote_via=quote), ""))
+    if importlib.util.find_spec("psycopg") is None:
+        raise UserError(
+            "ledger: a PostgreSQL server can't be asked: psycopg is not installed",
+            hint="Install the extra: pip install 'sisa[postgres]'.",
+        )
     return PostgresPlace(_with_slashes(url), parts.fragment)
 
 
