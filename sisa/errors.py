@@ -104,6 +104,14 @@ class BusyError(StoreError):
     """Another operation holds the store."""
 
 
+class LostError(StoreError):
+    """A server that the store needs can't be reached, or the connection to it was lost."""
+
+
+class LostLockError(StoreError):
+    """A lock was lost while its holder worked: somebody else may hold it by now."""
+
+
 class StaleError(StoreError):
     """The records changed while something was computed from them; compute it again."""
 

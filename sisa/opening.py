@@ -1,6 +1,8 @@
 """Making and opening a store: its frozen recipe, its keys, its ledger and its checkpoints together.
 
-``recipe.yaml`` is written last: a folder without it is not a store, whatever a crash left in it.
+``recipe.yaml`` is written last: a folder without it is not a store, whatever a crash left in it. A ledger on a server
+lies in a schema whose name derives from the exclusion key, which is there before it: a second attempt finds, and
+replaces, what the first has left.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sisa.checkpoints import CheckpointStore
+from sisa.coordination import Coordination, Lock, coordination_at
 from sisa.errors import DamagedError, StoreError, UserError
-from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
+from sisa.files import make_folder, remove, sweep_temporary, write_durably
 from sisa.layout import Layout
-from sisa.ledger import STATES, Ledger
+from sisa.ledger import REVISION, STATES, Ledger, Place, PostgresPlace, place_of
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
@@ -34,6 +37,17 @@ class OpenStore:
     keys: StoreKeys
     ledger: Ledger
     checkpoints: CheckpointStore
+    coordination: Coordination
+
+    def close(self) -> None:
+        """Close the ledger, and what locks and marks have open."""
+        self.ledger.close()
+        self.coordination.close()
+
+    @property
+    def place(self) -> Place:
+        """Where the ledger lies."""
+        return place_of(self.recipe.ledger, self.layout.ledger)
 
     @property
     def router(self) -> Router:
@@ -60,13 +74,13 @@ class OpenStore:
         """The declared classes, in order."""
         return list(self.recipe.data.classes or [])
 
-    def operation_lock(self) -> FileLock:
+    def operation_lock(self) -> Lock:
         """The lock of whatever trains, repairs or verifies: one at a time, deletions excepted."""
-        return FileLock(self.layout.lock("operation"))
+        return self.coordination.lock("operation")
 
-    def ingest_lock(self) -> FileLock:
+    def ingest_lock(self) -> Lock:
         """The lock of the moment in which records enter."""
-        return FileLock(self.layout.lock("ingest"))
+        return self.coordination.lock("ingest")
 
 
 def router_of(recipe: Recipe, routing_key: bytes) -> Router:
@@ -84,12 +98,12 @@ def is_store(layout: Layout) -> bool:
     return layout.recipe.is_file()
 
 
-def open_store(layout: Layout) -> OpenStore:
-    """Open the store at ``layout``.
+def _stored_recipe(layout: Layout) -> Recipe:
+    """Read the frozen recipe.
 
     Raises:
         UserError: There is no store.
-        DamagedError: A part of it is missing or unreadable.
+        DamagedError: The recipe can't be used.
     """
     if not is_store(layout):
         raise UserError(
@@ -97,14 +111,26 @@ def open_store(layout: Layout) -> OpenStore:
             hint="Give the path that `sisa train` wrote to.",
         )
     try:
-        recipe = load_recipe(layout.recipe)
+        return load_recipe(layout.recipe)
     except UserError as error:
         raise DamagedError(
             f"recipe.yaml of the store can't be used: {error.message}",
             hint="The recipe of a store is frozen: restore the file that `sisa train` wrote.",
         ) from error
+
+
+def open_store(layout: Layout) -> OpenStore:
+    """Open the store at ``layout``.
+
+    Raises:
+        UserError: There is no store.
+        DamagedError: A part of it is missing or unreadable.
+        StoreError: The ledger's server can't be reached, or the ledger has the form of another release.
+    """
+    recipe = _stored_recipe(layout)
     keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
-    ledger = Ledger.open(layout.ledger)
+    place = place_of(recipe.ledger, layout.ledger)
+    ledger = Ledger.open(place)
     if ledger.fact("recipe") != _seal(recipe):
         ledger.close()
         raise DamagedError(
@@ -118,7 +144,7 @@ def open_store(layout: Layout) -> OpenStore:
                 f"keys/{name.replace('_', '.')} is not the key that this store was made with",
                 hint="Restore the key file: under another key nobody is found who was deleted, and no record is placed.",
             )
-    return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints))
+    return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints), coordination_at(layout, place))
 
 
 def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStore:
@@ -135,49 +161,75 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
     check_vacant(layout)
     try:
         make_folder(layout.root)
-        make_folder(layout.locks)
+        if recipe.ledger is None:
+            make_folder(layout.locks)
     except OSError as error:
         raise UserError(
             f"store {str(layout.root)!r}: the folder can't be made: {error.strerror}",
             hint="Choose a place that you may write to.",
         ) from error
-    with FileLock(layout.lock("create")).held():
+    asked = place_of(recipe.ledger, layout.ledger)
+    with _creation(layout, asked).held():
         if is_store(layout):
             return open_store(layout)
-        if any(path.is_file() for path in layout.records.rglob("*")) or _ingested(layout):
+        if any(path.is_file() for path in layout.records.rglob("*")) or _ingested(asked):
             raise DamagedError(
                 "recipe.yaml of the store is missing, but records were ingested",
                 hint="Restore recipe.yaml from a copy: making the store anew would forget who was deleted.",
             )
-        make_folder(layout.keys)
-        os.chmod(layout.keys, 0o700)  # noqa: PTH101 - a folder of ours
-        sweep_temporary(layout.keys)  # a killed attempt's keys
-        write_durably(layout.routing_key, routing_key.hex().encode() + b"\n", mode=0o600)
-        if not layout.exclusion_key.exists():
-            write_durably(layout.exclusion_key, new_key().hex().encode() + b"\n", mode=0o600)
+        _make_keys(layout, routing_key)
         for leftover in (layout.ledger, layout.ledger.with_name("ledger.db-journal"), layout.records):
             if leftover.exists():
                 remove(leftover)
-        ledger = Ledger.create(layout.ledger)
-        ledger.remember(
-            recipe=_seal(frozen_recipe(recipe)),
+        exclusion_key = _stored_key(layout.exclusion_key)
+        place = _own_place(asked, exclusion_key)
+        frozen = frozen_recipe(recipe, place)
+        Ledger.create(
+            place,
+            recipe=_seal(frozen),
             routing_key=key_check(routing_key),
-            exclusion_key=key_check(_stored_key(layout.exclusion_key)),
-        )
-        ledger.close()
+            exclusion_key=key_check(exclusion_key),
+        ).close()
         make_folder(layout.records)
         make_folder(layout.checkpoints)
-        write_durably(layout.recipe, dump_recipe(frozen_recipe(recipe)).encode())
+        write_durably(layout.recipe, dump_recipe(frozen).encode())
         sweep_temporary(layout.root)
     return open_store(layout)
 
 
-def _ingested(layout: Layout) -> bool:
-    """Say whether a ledger lies there that closed its ingest; one that a crash left unfinished didn't."""
-    if not layout.ledger.is_file() or not layout.ledger.stat().st_size:
+def _creation(layout: Layout, place: Place) -> Lock:
+    """The lock of whoever makes the store; a server that has no schema for it yet knows it by the folder's path."""
+    if isinstance(place, PostgresPlace):
+        place = place.of("")
+        return coordination_at(layout, place).lock(f"create/{layout.root}")
+    return coordination_at(layout, place).lock("create")
+
+
+def _make_keys(layout: Layout, routing_key: bytes) -> None:
+    make_folder(layout.keys)
+    os.chmod(layout.keys, 0o700)  # noqa: PTH101 - a folder of ours
+    sweep_temporary(layout.keys)  # a killed attempt's keys
+    write_durably(layout.routing_key, routing_key.hex().encode() + b"\n", mode=0o600)
+    if not layout.exclusion_key.exists():
+        write_durably(layout.exclusion_key, new_key().hex().encode() + b"\n", mode=0o600)
+
+
+def _own_place(place: Place, exclusion_key: bytes) -> Place:
+    """Return where this store's ledger lies: on a server in a schema of its own, whatever the recipe was copied from."""
+    if isinstance(place, PostgresPlace):
+        return place.of(f"sisa_{derive(exclusion_key, 'ledger-schema').hex()[:32]}")
+    return place
+
+
+def _ingested(place: Place) -> bool:
+    """Say whether a ledger lies there that closed its ingest; one that a crash left unfinished didn't.
+
+    A ledger on a server answers that itself when it is made anew.
+    """
+    if isinstance(place, PostgresPlace) or not place.is_file() or not place.stat().st_size:
         return False
     try:
-        ledger = Ledger.open(layout.ledger)
+        ledger = Ledger.open(place)
     except DamagedError:
         return False
     try:
@@ -196,8 +248,9 @@ def renew_exclusion_key(layout: Layout) -> None:
         StoreError: A deletion is not erased yet: under another key its rows could not be told any more.
         DamagedError: The ledger is missing or damaged.
     """
-    with FileLock(layout.lock("operation")).held(timeout_s=0):
-        ledger = Ledger.open(layout.ledger)
+    place = place_of(_stored_recipe(layout).ledger, layout.ledger)
+    with coordination_at(layout, place).lock("operation").held(timeout_s=0):
+        ledger = Ledger.open(place)
         key = new_key()
         with ledger.database.transaction():
             waiting = [r.id for r in ledger.requests.open() if STATES.index(r.state) < STATES.index("rows_erased")]
@@ -213,19 +266,39 @@ def renew_exclusion_key(layout: Layout) -> None:
         ledger.close()
 
 
+def migrate_ledger(layout: Layout) -> str:
+    """Bring the ledger of an older release to this one's form, and say which that is.
+
+    Raises:
+        UserError: There is no store.
+        BusyError: Another operation holds the store.
+        StoreError: The ledger is missing or damaged, or a newer release's.
+    """
+    recipe = _stored_recipe(layout)
+    place = place_of(recipe.ledger, layout.ledger)
+    with coordination_at(layout, place).lock("operation").held(timeout_s=0):
+        Ledger.migrate(place)
+    Ledger.open(place).close()
+    return REVISION
+
+
 def key_check(key: bytes) -> str:
     """Return what the ledger remembers of a key: enough to tell another one, nothing of this one."""
     return derive(key, "key-check").hex()
 
 
 def _seal(recipe: Recipe) -> str:
-    """Digest of everything that a store's recipe says, what doesn't determine training included."""
-    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
+    """Digest of everything that a store's recipe says, what doesn't determine training included.
+
+    Not where the ledger lies: a database may move, and which ledger is the store's own is told by this digest in it.
+    """
+    return hashlib.sha256(dump_recipe(recipe.model_copy(update={"ledger": None})).encode()).hexdigest()
 
 
-def frozen_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe as a store keeps it: without the store's own place and the key's."""
-    return recipe.model_copy(update={"store": None, "routing": RoutingSpec()})
+def frozen_recipe(recipe: Recipe, place: Place) -> Recipe:
+    """Return the recipe as a store keeps it: without the store's own place and the key's, and with the ledger's."""
+    ledger = place.text if isinstance(place, PostgresPlace) else None
+    return recipe.model_copy(update={"store": None, "routing": RoutingSpec(), "ledger": ledger})
 
 
 def check_vacant(layout: Layout) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as papq
 
-from sisa.ledger.database import Database
+from sisa.ledger.sqlite import SqliteDatabase as Database
 from sisa.store.launch import train
 from sisa.store.store import Store, open_store
 
@@ -117,6 +117,12 @@ def rows_on_disk(root: Path) -> dict[str, list[str]]:
     return found
 
 
+def owners_on_disk(root: Path) -> dict[str, set[str]]:
+    """Ids of people by partition, read by a way that bypasses the code under test."""
+    paths = sorted((root / "records").rglob("*.parquet"))
+    return {str(path): set(papq.read_table(path, partitioning=None)["_sisa_subject"].to_pylist()) for path in paths}
+
+
 def files_of(root: Path) -> set[str]:
     """Every file of a store, but for locks and SQLite's journal, which come and go."""
     names = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
@@ -191,7 +197,7 @@ def _caller() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("sisa.") and name not in {"sisa.files", "sisa.ledger.database"}:
+        if name.startswith("sisa.") and name not in {"sisa.files", "sisa.ledger.sqlite"}:
             return f"{name.removeprefix('sisa.')}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "?"

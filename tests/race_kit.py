@@ -310,7 +310,7 @@ def serving(store: Path, *options: object) -> Iterator[Server]:
 # --- what is served, and who is deleted -------------------------------------------------------------
 
 
-def make_store(folder: Path, *, people: int) -> Path:
+def make_store(folder: Path, *, people: int, ledger: str | None = None) -> Path:
     """Train a store of six small linear models, fast to train again."""
     import numpy as np
     import pyarrow as pa
@@ -330,6 +330,7 @@ def make_store(folder: Path, *, people: int) -> Path:
         "model": {"name": "logistic"},
         "training": {"epochs": 2, "batch_size": 64, "optimizer": {"name": "sgd", "lr": 0.1}, "seed": 1},
         "sisa": {"shards": 6, "slices": 2},
+        "ledger": ledger,
     }
     store = store_kit.train(folder, recipe, table)
     store.close()

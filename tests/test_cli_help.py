@@ -17,8 +17,8 @@ from cli_kit import ROOT, Cli, command, one_object, prepare, process, surroundin
 from sisa.cli import main
 from sisa.cli.options import spread_ids
 
-VERBS = ["train", "delete", "repair", "status", "predict", "verify", "submit"]
-HEAVY = ["torch", "ray", "numpy", "pyarrow", "zarr", "pydantic", "sqlite3"]
+VERBS = ["train", "delete", "repair", "status", "predict", "verify", "submit", "migrate"]
+HEAVY = ["torch", "ray", "numpy", "pyarrow", "zarr", "pydantic", "sqlite3", "sqlalchemy", "alembic", "psycopg"]
 OPTIONS = {
     "train": ["CONFIG.yaml", "--store", "--set", "--executor", "--address", "--workers", "--json"],
     "delete": [
@@ -28,6 +28,7 @@ OPTIONS = {
     "repair": ["--store", "--executor", "--address", "--workers", "--json"],
     "status": ["--store", "[REQUEST]", "--json"],
     "predict": ["--store", "INPUT.parquet", "--output", "--json"],
+    "migrate": ["--store", "--json"],
     "verify": ["--store", "--replay none|all|N", "--executor", "--address", "--workers", "--json"],
     "submit": [
         "--address", "--env", "--include", "--package this|installed|WHEEL", "--python", "--cpus", "--no-wait", "--attach",

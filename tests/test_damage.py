@@ -287,7 +287,7 @@ def test_a_stop_mark_of_a_killed_deletion_stops_nobody(world: World, folder: Pat
     """The deletion was killed after its last step and before it took its mark away."""
     person = world.people[1, 1][0]
     root = world.copy(folder / "store")
-    kit.killed_before(delete, root, person, root=root, stop_at="unlink in deletion.settle._clear_marks")
+    kit.killed_before(delete, root, person, root=root, stop_at="unlink in coordination.files.remove")
     assert [mark.parent.name for mark in root.glob("locks/stop-*/*")] == ["stop-0001"]
     assert kit.trained(world.recipe, root).training.stages_trained > 0
     assert not list(root.glob("locks/stop-*/*"))

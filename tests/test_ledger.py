@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sqlite3
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from postgres_kit import Server
 
-from sisa.errors import DamagedError, UserError
-from sisa.ledger import Ledger, Partition, StageRow, Target
+from sisa.errors import BusyError, DamagedError, StoreError, UserError
+from sisa.ledger import Ledger, Member, Partition, Place, PostgresPlace, StageRow, Target, migrate, schema
 
 SHARDS, SLICES = 2, 3
 
@@ -32,10 +35,27 @@ def stage(shard: int, number: int, **changes: object) -> StageRow:
     return StageRow(**{**values, **changes})  # type: ignore[arg-type]
 
 
+BytesOf = Callable[[], bytes]
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def bytes_of(place: Place, request: pytest.FixtureRequest) -> BytesOf:
+    """All bytes in the files of the tables, read past the engine."""
+    if isinstance(place, Path):
+        return lambda: b"".join(path.read_bytes() for path in place.parent.iterdir() if path.is_file())
+    server: Server = request.getfixturevalue("postgres")
+
+    def read() -> bytes:
+        server.ask("CHECKPOINT")
+        return b"".join(path.read_bytes() for path in (server.data / "base").rglob("*") if path.is_file())
+
+    return read
+
+
+@pytest.fixture
+def ledger(place: Place) -> Iterator[Ledger]:
     """A ledger of a trained store, version 1 live."""
-    made = Ledger.create(tmp_path / "ledger.db")
+    made = Ledger.create(place)
     made.partitions.replace_all(
         [Partition(k, s, 10, 10, f"m-{k}-{s}") for k in range(SHARDS) for s in range(SLICES + 1)]
     )
@@ -44,7 +64,18 @@ def ledger(tmp_path: Path) -> Ledger:
         for number in range(1, SLICES + 1):
             assert made.stages.enter(stage(shard, number), changes={})
     assert made.versions.publish_newest(cause="train", shards=SHARDS, code="code", platform="platform") == 1
-    return made
+    yield made
+    made.close()
+
+
+def everything(ledger: Ledger) -> dict[str, list[tuple[object, ...]]]:
+    """Every row of every table, but for how often somebody had a turn to write."""
+    tables = {each[1] for each in ledger.database.form() if each[0] == "table" or each[2].startswith("r ")}
+    assert {"requests", "exclusions", "stages", "versions", "events"} <= tables
+    rows = {table: [tuple(row) for row in ledger.database.rows(f"SELECT * FROM {table}")] for table in tables}
+    return {table: sorted(found, key=repr) for table, found in rows.items()} | {
+        "counters": sorted(row for row in rows["counters"] if row[0] != "turns")
+    }
 
 
 def serving(ledger: Ledger) -> dict[int, int]:
@@ -110,7 +141,7 @@ def test_a_second_request_keeps_the_first_ones_exclusions(ledger: Ledger) -> Non
 
 
 def test_a_failed_acceptance_changes_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = list(sqlite3.connect(ledger.database.path).iterdump())
+    before = everything(ledger)
 
     def broken(*_: object, **__: object) -> int:
         raise RuntimeError("power cut")
@@ -118,16 +149,16 @@ def test_a_failed_acceptance_changes_nothing(ledger: Ledger, monkeypatch: pytest
     monkeypatch.setattr(ledger.versions, "publish_fallback", broken)
     with pytest.raises(RuntimeError):
         ledger.requests.accept([Target("subject", b"a" * 16, ((0, 1),))], reason="")
-    assert list(sqlite3.connect(ledger.database.path).iterdump()) == before
+    assert everything(ledger) == before
 
 
-def test_keys_and_digests_of_a_purged_stage_leave_the_file(ledger: Ledger) -> None:
+def test_keys_and_digests_of_a_purged_stage_leave_the_files(ledger: Ledger, bytes_of: BytesOf) -> None:
     ledger.requests.accept([Target("subject", b"a" * 16, ((1, 2),))], reason="")
-    path = ledger.database.path
-    assert b"full-1-3" in path.read_bytes()
+    assert b"full-1-3" in bytes_of()
     for row in ledger.stages.tainted():
         ledger.stages.forget(row)
-    left = b"".join(p.read_bytes() for p in path.parent.iterdir())
+    ledger.shed()
+    left = bytes_of()
     for trace in (b"key-1-2", b"key-1-3", b"full-1-3", b"state-1-2"):
         assert trace not in left
     assert b"key-1-1" in left
@@ -135,6 +166,22 @@ def test_keys_and_digests_of_a_purged_stage_leave_the_file(ledger: Ledger) -> No
         (1, 2),
         (1, 3),
     ]
+
+
+def test_what_somebody_still_sees_is_not_called_gone(postgres: Server, postgres_place: PostgresPlace) -> None:
+    """A dump, or a session that was forgotten: the server carries along what it may still ask for."""
+    made = Ledger.create(postgres_place)
+    made.stages.enter(stage(0, 1), changes={})
+    with psycopg.connect(postgres.dsn, dbname="sisa") as dump:
+        dump.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        dump.execute("SELECT 1")
+        made.stages.forget(stage(0, 1))
+        made.database.be_patient(0.1)
+        with pytest.raises(BusyError, match="keeps what was deleted from stages"):
+            made.shed()
+    made.database.be_patient(30.0)
+    made.shed()
+    made.close()
 
 
 def test_states_move_forward_only(ledger: Ledger) -> None:
@@ -163,11 +210,127 @@ def test_publishing_the_same_members_makes_no_new_version(ledger: Ledger) -> Non
     assert ledger.versions.publish_newest(cause="train", shards=SHARDS, code="code", platform="platform") == 1
 
 
+def test_history_counts_without_gaps_whatever_failed(ledger: Ledger) -> None:
+    last = ledger.last_event()
+    with contextlib.suppress(RuntimeError), ledger.database.transaction():
+        ledger.database.note("never", what=1)
+        raise RuntimeError
+    ledger.database.note("then", what=2)
+    assert [event["number"] for event in ledger.events()] == list(range(1, last + 2))
+    assert ledger.events()[-1]["kind"] == "then"
+
+
+def test_what_was_trained_after_a_request_is_counted(ledger: Ledger) -> None:
+    request = ledger.requests.accept([Target("subject", b"a" * 16, ((1, 2),))], reason="").request.id
+    assert ledger.stages.trained_since(request, [1]) == 0
+    ledger.stages.enter(stage(1, 2, key="again"), changes={2: 1})
+    ledger.stages.enter(stage(0, 3, key="another shard's"), changes={})
+    assert (ledger.stages.trained_since(request, [1]), ledger.stages.trained_since(request, [0, 1])) == (1, 2)
+    assert ledger.stages.trained_since("del-never", [1]) == 0
+
+
+def test_two_connections_see_each_others_commits_and_one_moment_in_a_snapshot(ledger: Ledger, place: Place) -> None:
+    with contextlib.closing(Ledger.open(place)) as other:
+        with other.database.snapshot():
+            version = other.versions.live_number()
+            if not isinstance(place, Path):  # SQLite has a writer wait for whoever reads
+                ledger.versions.publish([Member(0, 0, "", "")], cause="train")
+            assert other.versions.live_number() == version
+        number = ledger.versions.publish([Member(0, 1, "", "")], cause="train")
+        assert other.versions.live_number() == number
+
+
+def test_nobody_commits_while_another_holds_the_ledger(ledger: Ledger, place: Place) -> None:
+    with contextlib.closing(Ledger.open(place)) as other:
+        other.database.be_patient(0.1)
+        with ledger.database.hold():
+            version = ledger.versions.live_number()
+            with pytest.raises(BusyError):
+                other.versions.publish([Member(0, 0, "", "")], cause="train")
+            assert ledger.versions.live_number() == version
+        other.versions.publish([Member(0, 0, "", "")], cause="train")
+
+
+def test_a_ledger_has_the_form_of_a_new_one_and_a_strangers_table_shows(ledger: Ledger) -> None:
+    database = ledger.database
+    assert database.form() == database.expected_form()
+    database.rows("CREATE TABLE somebodys (x TEXT)")
+    assert "somebodys" in {each[1] for each in database.form() ^ database.expected_form()}
+
+
+def test_a_ledger_of_another_release_is_refused_with_what_to_do(ledger: Ledger, place: Place) -> None:
+    ledger.database.rows("UPDATE alembic_version SET version_num = '0999'")
+    with pytest.raises(StoreError, match="newer release") as newer:
+        Ledger.open(place)
+    ledger.database.rows("UPDATE alembic_version SET version_num = '0000'")
+    with pytest.raises(StoreError, match="older release") as older:
+        Ledger.open(place)
+    assert ("the release that" in newer.value.hint, "`sisa migrate`" in older.value.hint) == (True, True)
+    ledger.database.rows("UPDATE alembic_version SET version_num = 'x'")
+    with pytest.raises(DamagedError, match="found none"):
+        Ledger.open(place)
+
+
+def test_migrating_a_ledger_of_a_newer_release_changes_nothing(ledger: Ledger, place: Place) -> None:
+    ledger.database.rows("UPDATE alembic_version SET version_num = '0999'")
+    ledger.close()
+    with pytest.raises(StoreError, match="newer release"):
+        Ledger.migrate(place)
+
+
+SECOND = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "0002", "0001"
+branch_labels = depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("facts", sa.Column("why", sa.Text()))
+    if {fails}:
+        raise ValueError("no room")
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_older_ledger_is_brought_forward_whole_or_not_at_all(
+    ledger: Ledger, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    revisions = tmp_path / "revisions"
+    revisions.mkdir()
+    (revisions / "second.py").write_text(SECOND.format(fails=fails))
+    monkeypatch.setattr(migrate, "VERSIONS", [*migrate.VERSIONS, revisions])
+    monkeypatch.setattr(schema, "REVISION", "0002")
+    before = everything(ledger)
+    ledger.close()
+    with pytest.raises(StoreError, match="older release"):
+        Ledger.open(place)
+    if fails:
+        with pytest.raises(ValueError, match="no room"):
+            Ledger.migrate(place)
+        monkeypatch.setattr(schema, "REVISION", "0001")
+        with contextlib.closing(Ledger.open(place)) as again:
+            assert everything(again) == before
+        return
+    Ledger.migrate(place)
+    Ledger.migrate(place)  # nothing is left to do
+    with contextlib.closing(Ledger.open(place)) as again:
+        assert again.fact("ingested") == "yes"
+        assert again.database.rows("SELECT why FROM facts")[0][0] is None
+
+
 @pytest.mark.parametrize(
     "damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b"no database"), lambda p: p.write_bytes(b"")]
 )
-def test_a_ledger_that_is_none_is_damage(ledger: Ledger, damage: object) -> None:
-    ledger.close()
-    damage(ledger.database.path)  # type: ignore[operator]
+def test_a_ledger_that_is_none_is_damage(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "ledger.db"
+    Ledger.create(path).close()
+    damage(path)  # type: ignore[operator]
     with pytest.raises(DamagedError, match=r"ledger\.db"):
-        Ledger.open(ledger.database.path)
+        Ledger.open(path)
+
+
+def test_a_schema_that_is_none_is_damage(postgres_place: PostgresPlace) -> None:
+    with pytest.raises(DamagedError, match="missing"):
+        Ledger.open(postgres_place)

@@ -73,6 +73,7 @@ IMAGES = {
 }
 OF_NO_CONSEQUENCE: dict[str, dict[str, Any]] = {
     "store": {"store": "elsewhere"},
+    "ledger": {"ledger": "postgresql://db.example/sisa"},
     "data.source": {"data": {"source": "other.parquet"}},
     "sisa.aggregation.name": {"sisa": {"aggregation": "vote"}},
     "sisa.aggregation.table": {"sisa": {"aggregation": {"name": "weighted", "table": "b.parquet"}}},

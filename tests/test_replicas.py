@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 from sisa.deletion import confirm
-from sisa.ledger import HELD, WAITED, Ledger, Member, View
+from sisa.ledger import HELD, WAITED, Ledger, Member, Place, View
 from sisa.serving import replica as replicas
 from sisa.serving.replica import NotServingError, Replica
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger.create(tmp_path / "ledger.db")
+def ledger(place: Place) -> Iterator[Ledger]:
+    made = Ledger.create(place)
     made.versions.publish([Member(0, 1, "a", "p")], cause="train")
     yield made
     made.close()
@@ -317,7 +317,11 @@ class Ensemble:
 
 def stage(play: Play, monkeypatch: pytest.MonkeyPatch, kind: type[Replica]) -> None:
     """One or two servers with three threads each, two who delete, and one who repairs."""
-    opened = lambda layout: SimpleNamespace(ledger=play.open_ledger(), layout=layout)  # noqa: E731
+
+    def opened(layout):
+        ledger = play.open_ledger()
+        return SimpleNamespace(ledger=ledger, layout=layout, close=ledger.close)
+
     monkeypatch.setattr(replicas, "open_store", opened)
     monkeypatch.setattr(replicas, "LiveEnsemble", Ensemble)
     monkeypatch.setattr(replicas, "elapsed_s", play.elapsed_s)

@@ -154,7 +154,7 @@ def test_a_training_killed_before_its_footing_was_written_is_repaired(tmp_path: 
             "DELETE FROM versions",
             "DELETE FROM members",
             "DELETE FROM events WHERE kind <> 'ingested'",
-            "UPDATE sqlite_sequence SET seq = 1 WHERE name = 'events'",
+            "UPDATE counters SET last = 1 WHERE name = 'events'",
         ):
             database.rows(statement)
     store.opened.checkpoints.sweep(0, keep=lambda _: False)

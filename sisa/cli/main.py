@@ -15,6 +15,7 @@ import click
 
 from sisa import __version__
 from sisa.cli.delete import delete
+from sisa.cli.migrate import migrate
 from sisa.cli.options import print_json, spread_ids
 from sisa.cli.predict import predict
 from sisa.cli.repair import repair
@@ -52,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (train, delete, repair, status, predict, verify, serve, token, submit):
+for command in (train, delete, repair, status, predict, verify, serve, token, submit, migrate):
     cli.add_command(command)
 for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.
@@ -82,7 +83,8 @@ def run(words: list[str], *, name_ids: bool = True) -> int:
     except click.ClickException as error:
         return _misused(error, words, as_json=as_json)
     except SisaError as error:
-        message, place = error.message if name_ids else error.without_ids, getattr(error, "place", "")
+        # A job's log is kept by others: neither ids nor the names of stages, which outlive them.
+        message, place = (error.message, getattr(error, "place", "")) if name_ids else (error.without_ids, "")
         return _failed(f"{message} ({place})" if place else message, error.hint, error.exit_code, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)

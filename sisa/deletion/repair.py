@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sisa.coordination import Held
 from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, settle_all
-from sisa.errors import DamagedError, SisaError
-from sisa.execution.build import Plan, build
+from sisa.errors import DamagedError, LostLockError, SisaError
+from sisa.execution.build import Build, Plan, build
 from sisa.execution.options import Execution
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
@@ -44,6 +45,7 @@ def bring_up(
     cause: str,
     heal: bool = False,
     read_reused: bool = False,
+    held: Held | None = None,
 ) -> Repair:
     """Settle open requests, build, publish and close the requests that are repaired.
 
@@ -60,6 +62,7 @@ def bring_up(
         cause: What the version is published for.
         heal: Retrain damaged and missing stages, and erase again what a restored file brought back.
         read_reused: Verify every byte of stages that are reused.
+        held: The operation lock; nothing is published once it is lost.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
     result = Repair(version=store.ledger.versions.live_number())
@@ -102,9 +105,10 @@ def bring_up(
                 hint="Run `sisa verify`: it lists what is wrong with the store.",
             )
         remaining = set(done.interrupted)
+        _sweep_lost(store, done, reporter)
         ended = not done.interrupted and not _unsettled(store, result)
         if not moves:  # whoever goes on deleting must not keep from service what is repaired already
-            _publish(store, result, footing, cause=cause, interrupted=remaining)
+            _publish(store, result, footing, cause=cause, interrupted=remaining, held=held)
         if ended:
             break
     result.reused = len(reused - {(row.key, row.platform) for row in result.trained})
@@ -112,15 +116,25 @@ def bring_up(
         result.version = store.ledger.versions.live_number()  # half an upgrade is none: the old chains stay live
         return result
     if moves:
-        _publish(store, result, footing, cause=cause, interrupted=remaining)
+        _publish(store, result, footing, cause=cause, interrupted=remaining, held=held)
     _purge_tainted(store, reporter)
     return result
 
 
 def _purge_tainted(store: OpenStore, reporter: Reporter) -> None:
     """Remove what an upgrade, finished or killed, took out of service: it must not be taken for what it replaces."""
-    for shard in sorted({row.shard for row in store.ledger.stages.tainted()}):
+    shards = sorted({row.shard for row in store.ledger.stages.tainted()})
+    for shard in shards:
         purge_shard(store, shard, first_stage=store.slices + 1, reporter=reporter)
+    if shards:
+        store.ledger.shed()
+
+
+def _sweep_lost(store: OpenStore, done: Build, reporter: Reporter) -> None:
+    """Remove what a worker may have written after it had lost its lock, and nobody entered."""
+    for shard, error in done.failures.items():
+        if isinstance(error, LostLockError):
+            purge_shard(store, shard, first_stage=1, reporter=reporter)
 
 
 def _deletions(store: OpenStore) -> tuple[object, ...]:
@@ -142,7 +156,9 @@ def _unsettled(store: OpenStore, result: Repair) -> bool:
     )
 
 
-def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, interrupted: set[int]) -> None:
+def _publish(
+    store: OpenStore, result: Repair, footing: Footing, *, cause: str, interrupted: set[int], held: Held | None
+) -> None:
     """Publish the newest clean stages and close the repaired requests, in one transaction.
 
     The first version is published only whole: half a training serves nobody.
@@ -151,6 +167,8 @@ def _publish(store: OpenStore, result: Repair, footing: Footing, *, cause: str, 
     if not ledger.versions.live_number() and not _whole(store, footing, range(store.shards)):
         return
     with ledger.database.transaction():
+        if held is not None:
+            held.check()  # in here: whoever gets the lock after that, writes after us
         ledger.stand_on(code=footing.code, platform=footing.platform, fingerprint=footing.fingerprint)
         result.version = ledger.versions.publish_newest(
             cause=cause, shards=store.shards, code=footing.code, platform=footing.platform

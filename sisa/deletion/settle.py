@@ -13,8 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
+from sisa.coordination import Held
 from sisa.errors import DamagedError, SisaError
-from sisa.files import FileLock, make_folder, remove, sweep_temporary, touch_durably
+from sisa.files import remove, sweep_temporary
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
@@ -60,7 +61,7 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
     if _purged(store, request):
         return {}
     for shard in request.shards:
-        _mark(store, shard, request.id)
+        store.coordination.marks.place(shard, request.id)
     damaged: dict[int, DamagedError] = {}
     for shard, slice_ in request.places:
         try:
@@ -73,9 +74,10 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
         first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
         purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
     remove_replays(store)  # they have seen the same rows
+    store.ledger.shed()
     if damaged:
         for shard in set(request.shards) - damaged.keys():
-            (store.layout.stop_marks(shard) / request.id).unlink(missing_ok=True)
+            store.coordination.marks.remove(shard, request.id)
         return damaged
     if request.shards:
         store.ledger.requests.advance(request.id, "stages_purged")
@@ -88,16 +90,16 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
 def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
     """Rewrite one slice without the rows of excluded people; nothing happens if it is clean."""
     folder = store.layout.partition(shard, slice_)
-    with FileLock(store.layout.rows_lock(shard)).held():
+    with store.coordination.rows(shard).held() as lock:
         if folder.exists():
             sweep_temporary(folder)
         if not store.ledger.partitions.get(shard, slice_).membership:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
-            _erase_once(store, expected)
+            _erase_once(store, expected, lock)
 
 
-def _erase_once(store: OpenStore, expected: Partition) -> None:
+def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
     shard, slice_ = expected.shard, expected.slice
     keys = shard_keys(store.keys.routing, shard)
     rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
@@ -116,7 +118,9 @@ def _erase_once(store: OpenStore, expected: Partition) -> None:
         membership=left,
     )
     if not keep_N.all():
+        lock.check()
         rewrite_partition(store.layout, shard, slice_, keep_N, rows)
+    lock.check()  # else whoever holds it by now may have erased more, and this file is older than the ledger says
     store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
 
 
@@ -128,15 +132,15 @@ def erase_restored(store: OpenStore) -> DamagedError | None:
     """
     damage: DamagedError | None = None
     for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
-        with FileLock(store.layout.rows_lock(shard)).held():
+        with store.coordination.rows(shard).held() as lock:
             try:
-                _erase_restored(store, store.ledger.partitions.get(shard, slice_))
+                _erase_restored(store, store.ledger.partitions.get(shard, slice_), lock)
             except DamagedError as error:
                 damage = damage or error
     return damage
 
 
-def _erase_restored(store: OpenStore, expected: Partition) -> None:
+def _erase_restored(store: OpenStore, expected: Partition, lock: Held) -> None:
     shard, slice_ = expected.shard, expected.slice
     rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
     if expected.dirty or rows.membership == expected.membership:
@@ -144,6 +148,7 @@ def _erase_restored(store: OpenStore, expected: Partition) -> None:
     keep_N, left = _survivors(store, rows)
     if left != expected.membership:
         raise rows_damage(store, shard, slice_)
+    lock.check()
     rewrite_partition(store.layout, shard, slice_, keep_N, rows)
 
 
@@ -193,18 +198,22 @@ def purge_shard(
             reporter.note(f"waiting for a running training to let go of shard {shard}")
             told.append(True)
 
-    with FileLock(store.layout.shard_lock(shard)).held(poll=waiting):
+    with store.coordination.shard(shard).held(poll=waiting) as lock:
         if request is not None and _purged(store, request):
             return
         rows = store.ledger.stages.all(shard)
         clean = {(row.key, row.platform) for row in rows if not row.tainted}
 
         def keep(identity: StageId) -> bool:
-            return identity.stage < first_stage or (identity.key, identity.platform) in clean
+            kept = identity.stage < first_stage or (identity.key, identity.platform) in clean
+            if not kept:
+                lock.check()  # whoever holds it by now may have trained, and entered, what we don't know
+            return kept
 
         store.checkpoints.sweep(shard, keep=keep)
         for row in rows:
             if row.tainted:
+                lock.check()
                 store.checkpoints.remove(StageId(shard, row.stage, row.key, row.platform))
                 store.ledger.stages.forget(row)
 
@@ -222,17 +231,11 @@ def rows_damage(store: OpenStore, shard: int, slice_: int) -> DamagedError:
     )
 
 
-def _mark(store: OpenStore, shard: int, request: str) -> None:
-    folder = store.layout.stop_marks(shard)
-    make_folder(folder)
-    touch_durably(folder / request)
-
-
 def _clear_marks(store: OpenStore) -> None:
     """Take away the marks of requests that need none any more."""
     # Marks first, the ledger second: whoever marked has been accepted before, so that none of theirs is missed.
-    marks = [mark for folder in store.layout.locks.glob("stop-*") for mark in folder.iterdir()]
+    marks = store.coordination.marks.all()
     needed = {r.id for r in store.ledger.requests.open() if STATES.index(r.state) < PURGED}
-    for mark in marks:
-        if mark.name not in needed:
-            mark.unlink(missing_ok=True)
+    for shard, request in marks:
+        if request not in needed:
+            store.coordination.marks.remove(shard, request)

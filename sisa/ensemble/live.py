@@ -93,7 +93,7 @@ class LiveEnsemble:
     def close(self) -> None:
         """Let go of the constituents and close the ledger."""
         self._loaded, self._panel = {}, None
-        self._store.ledger.close()
+        self._store.close()
 
     def load(self) -> Loaded:
         """Return the live version, loaded. Constituents that were there already aren't loaded again.

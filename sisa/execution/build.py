@@ -112,6 +112,7 @@ def _task(store: OpenStore, plan: Plan, execution: Execution, slices: list[Parti
         read_reused=plan.read_reused,
         heal=plan.heal,
         snapshot_every_s=execution.each(store.recipe).snapshot_every_s if plan.enter else None,
+        ledger=store.recipe.ledger,
     )
 
 

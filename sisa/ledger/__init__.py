@@ -2,14 +2,17 @@
 
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
+from sisa.ledger.place import Place, PostgresPlace, place_of
 from sisa.ledger.replicas import HELD, WAITED, ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
+from sisa.ledger.schema import REVISION
 from sisa.ledger.stages import StageRow
 from sisa.ledger.tokens import SCOPES, Scope, Token
 from sisa.ledger.versions import Member, Version
 
 __all__ = [
     "HELD",
+    "REVISION",
     "SCOPES",
     "STATES",
     "WAITED",
@@ -18,6 +21,8 @@ __all__ = [
     "Ledger",
     "Member",
     "Partition",
+    "Place",
+    "PostgresPlace",
     "ReplicaRow",
     "Request",
     "Scope",
@@ -26,4 +31,5 @@ __all__ = [
     "Token",
     "Version",
     "View",
+    "place_of",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
-from sisa.errors import DamagedError
 from sisa.ledger.database import Database
 from sisa.ledger.partitions import Partitions
+from sisa.ledger.place import Place
 from sisa.ledger.replicas import Replicas
 from sisa.ledger.requests import Requests
 from sisa.ledger.stages import Stages
@@ -17,7 +18,7 @@ from sisa.state import JSON
 
 
 class Ledger:
-    """What a store remembers, in SQLite. Not for sharing between threads."""
+    """What a store remembers, in SQLite or PostgreSQL. Not for sharing between threads."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -29,21 +30,52 @@ class Ledger:
         self.tokens = Tokens(database)
 
     @classmethod
-    def open(cls, path: Path) -> Ledger:
+    def open(cls, place: Place) -> Ledger:
         """Open the ledger of a store.
 
         Raises:
             DamagedError: It is missing or not a ledger.
+            StoreError: Its server can't be reached, or it has the form of another release.
         """
-        return cls(Database(path))
+        if isinstance(place, Path):
+            from sisa.ledger.sqlite import SqliteDatabase
+
+            return cls(SqliteDatabase(place))
+        from sisa.ledger.postgres import PostgresDatabase
+
+        return cls(PostgresDatabase(place))
 
     @classmethod
-    def create(cls, path: Path) -> Ledger:
-        """Make a new, empty ledger."""
-        return cls(Database.create(path))
+    def create(cls, place: Place, **facts: str) -> Ledger:
+        """Make a new ledger that remembers some facts, whole or not at all."""
+        facts["identity"] = secrets.token_hex(16)
+        if isinstance(place, Path):
+            from sisa.ledger.sqlite import SqliteDatabase
+
+            ledger = cls(SqliteDatabase.create(place))
+            ledger.remember(**facts)
+            return ledger
+        from sisa.ledger.postgres import PostgresDatabase
+
+        return cls(PostgresDatabase.create(place, facts))
+
+    @classmethod
+    def migrate(cls, place: Place) -> None:
+        """Bring the ledger of an older release to this one's form; nothing happens if it has that already.
+
+        Nobody else may use the store meanwhile.
+        """
+        if isinstance(place, Path):
+            from sisa.ledger.sqlite import SqliteDatabase
+
+            SqliteDatabase.migrate(place)
+            return
+        from sisa.ledger.postgres import PostgresDatabase
+
+        PostgresDatabase.migrate(place)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the connection."""
         self.database.close()
 
     @property
@@ -59,7 +91,10 @@ class Ledger:
     def remember(self, **facts: str) -> None:
         """Set facts."""
         with self.database.transaction():
-            self.database.many("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+            self.database.many(
+                "INSERT INTO facts (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                list(facts.items()),
+            )
 
     def footing(self) -> tuple[str, str] | None:
         """Return code version and platform id of the live chains; None before the first training."""
@@ -85,12 +120,14 @@ class Ledger:
         rows = self.database.rows("SELECT * FROM events ORDER BY number")
         return [{"number": r["number"], "at": r["at"], "kind": r["kind"], **json.loads(r["detail"])} for r in rows]
 
+    def shed(self) -> None:
+        """Have the engine let go of what purged stages, and dropped parameters, have left in its files."""
+        self.database.shed("stages", "members", "fitted")
+
     def check(self) -> None:
-        """Check the file's own structure.
+        """Check what the engine can check of itself.
 
         Raises:
-            DamagedError: SQLite found a fault.
+            DamagedError: It found a fault.
         """
-        row = self.database.row("PRAGMA integrity_check")
-        if row is None or row[0] != "ok":
-            raise DamagedError("ledger: SQLite's integrity check failed", hint="Restore the ledger from a copy.")
+        self.database.check()

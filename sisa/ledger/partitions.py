@@ -7,11 +7,10 @@ deleted people on disk.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sisa.ledger.database import Database
+from sisa.ledger.database import Database, Row
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,10 @@ class Partitions:
                 "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (?, ?, ?, ?, ?)",
                 [(p.shard, p.slice, p.records, p.subjects, p.membership) for p in partitions],
             )
-            self._db.rows("INSERT OR REPLACE INTO facts VALUES ('ingested', 'yes')")
+            self._db.rows(
+                "INSERT INTO facts (name, value) VALUES ('ingested', 'yes')"
+                " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+            )
             self._db.note("ingested", records=sum(p.records for p in partitions))
 
     def all(self, shard: int | None = None) -> list[Partition]:
@@ -75,7 +77,8 @@ class Partitions:
         with self._db.transaction():
             self.adopt_prepared(shard, slice_)
             self._db.rows(
-                "UPDATE partitions SET dirty = (changes <> ?) WHERE shard = ? AND slice = ?", (changes, shard, slice_)
+                "UPDATE partitions SET dirty = CASE WHEN changes = ? THEN 0 ELSE 1 END WHERE shard = ? AND slice = ?",
+                (changes, shard, slice_),
             )
             return not self.get(shard, slice_).dirty
 
@@ -89,7 +92,7 @@ class Partitions:
             )
 
 
-def _partition(row: sqlite3.Row) -> Partition:
+def _partition(row: Row) -> Partition:
     return Partition(
         shard=row["shard"],
         slice=row["slice"],

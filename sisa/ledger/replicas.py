@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sisa.ledger.database import Database, now
+from sisa.ledger.database import Database, Row, now
 from sisa.ledger.versions import Versions
 
 HELD = 0.95
@@ -70,7 +70,11 @@ class Replicas:
         """Enter a replica, or enter it again, and tell it what is live at that moment."""
         with self._db.transaction():
             floor = self._versions.last_quarantine()
-            self._db.rows("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?, ?)", (identifier, floor, lease_s, now()))
+            self._db.rows(
+                "INSERT INTO replicas (id, version, lease_s, since) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE"
+                " SET version = excluded.version, lease_s = excluded.lease_s, since = excluded.since",
+                (identifier, floor, lease_s, now()),
+            )
             return View(floor, self._versions.live_number(), floor)
 
     def view(self, identifier: str) -> View:
@@ -83,7 +87,9 @@ class Replicas:
     def confirm(self, identifier: str, version: int) -> None:
         """Write down that a replica answers from ``version`` or newer only."""
         with self._db.transaction():
-            self._db.rows("UPDATE replicas SET version = max(version, ?) WHERE id = ?", (version, identifier))
+            self._db.rows(
+                "UPDATE replicas SET version = ? WHERE id = ? AND version < ?", (version, identifier, version)
+            )
 
     def behind(self, version: int) -> list[ReplicaRow]:
         """Return the replicas that have not confirmed a version."""
@@ -106,5 +112,5 @@ class Replicas:
         return [_replica(r) for r in self._db.rows("SELECT * FROM replicas ORDER BY id")]
 
 
-def _replica(row: object) -> ReplicaRow:
-    return ReplicaRow(**dict(row))  # type: ignore[call-overload]
+def _replica(row: Row) -> ReplicaRow:
+    return ReplicaRow(row["id"], row["version"], row["lease_s"], row["since"])

@@ -7,16 +7,14 @@ publishes the quarantine version. What comes after it (erasing, purging, repairi
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
-import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sisa.errors import StoreError, UserError
 from sisa.layout import HOLDOUT_SLICE
-from sisa.ledger.database import Database, now
+from sisa.ledger.database import Database, Row, now
 from sisa.ledger.versions import Versions
 
 STATES = ("accepted", "rows_erased", "stages_purged", "repairing", "repaired")
@@ -132,7 +130,7 @@ class Requests:
     def claim(self, key: bytes, body: bytes) -> bool:
         """Bind a submission's key to its body, both as digests; say whether it isn't bound to another one."""
         with self._db.transaction():
-            self._db.rows("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?)", (key, body, now()))
+            self._db.rows("INSERT INTO submissions VALUES (?, ?, ?) ON CONFLICT DO NOTHING", (key, body, now()))
             row = self._db.row("SELECT body FROM submissions WHERE key = ?", (key,))
             return row is not None and bytes(row["body"]) == body
 
@@ -146,10 +144,8 @@ class Requests:
         return row is not None and row["value"] == key_check
 
     def _in_order(self, identifiers: Collection[str]) -> tuple[Request, ...]:
-        rows = self._db.rows(
-            "SELECT * FROM requests WHERE id IN (SELECT value FROM json_each(?)) ORDER BY number",
-            (json.dumps(list(identifiers)),),
-        )
+        found = (self._db.row("SELECT * FROM requests WHERE id = ?", (identifier,)) for identifier in identifiers)
+        rows = sorted((row for row in found if row is not None), key=lambda row: int(row["number"]))
         return tuple(self._request(row) for row in rows)
 
     def _insert(self, identifier: str, targets: Sequence[Target], *, reason: str) -> None:
@@ -161,13 +157,13 @@ class Requests:
         fresh = digests - self.excluded_by(digests).keys()
         version_before = self._versions.live_number()
         self._db.rows(
-            "INSERT INTO requests (id, created_at, updated_at, state, reason, subjects, records, version_before)"
-            " VALUES (?, ?, ?, 'accepted', ?, ?, ?, ?)",
-            (identifier, now(), now(), reason, len(owners), records, version_before),
+            "INSERT INTO requests (number, id, created_at, updated_at, state, reason, subjects, records, version_before)"
+            " VALUES (?, ?, ?, ?, 'accepted', ?, ?, ?, ?)",
+            (self._db.next_number("requests"), identifier, now(), now(), reason, len(owners), records, version_before),
         )
         self._db.many("INSERT INTO request_partitions VALUES (?, ?, ?)", [(identifier, *place) for place in places])
         self._db.many(
-            "INSERT OR IGNORE INTO exclusions VALUES (?, ?, ?)",
+            "INSERT INTO exclusions VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
             [(kind, digest, identifier) for kind, digest in digests],
         )
         self._db.many("UPDATE partitions SET changes = changes + 1, dirty = 1 WHERE shard = ? AND slice = ?", places)
@@ -267,7 +263,7 @@ class Requests:
                 self._known = (number, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})
             return self._known[1]
 
-    def _request(self, row: sqlite3.Row) -> Request:
+    def _request(self, row: Row) -> Request:
         values = {name: row[name] for name in row.keys() if name != "number"}  # noqa: SIM118 - a Row iterates over values
         places = self._db.rows(
             "SELECT shard, slice FROM request_partitions WHERE request = ? ORDER BY 1, 2", (row["id"],)

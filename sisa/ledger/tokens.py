@@ -12,13 +12,12 @@ import hashlib
 import hmac
 import re
 import secrets
-import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sisa.errors import UserError
-from sisa.ledger.database import BUSY_TIMEOUT_S, Database, now
+from sisa.errors import BusyError, UserError
+from sisa.ledger.database import BUSY_TIMEOUT_S, Database, Row, now
 
 Scope = Literal["predict", "delete", "read", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -95,12 +94,15 @@ class Tokens:
             wait: Whether to wait while another process commits; an event loop had better not.
 
         Raises:
-            BusyError: The ledger is being committed to, and ``wait`` is false. The connection stays so until it is
-                asked to wait again: keep one for the event loop, and nothing else.
+            BusyError: The ledger is being committed to, or lies on a server that has to be asked, and ``wait`` is
+                false. The connection stays so until it is asked to wait again: keep one for the event loop, and
+                nothing else.
         """
         form = TEXT.fullmatch(text)
         if form is None:
             return None
+        if self._db.remote and not wait:
+            raise BusyError("the ledger has to be asked over the network")
         self._wait(patiently=wait)
         row = self._row(form[1]) if wait else self._row_at_once(form[1])
         right = hmac.compare_digest(_digest(text), row[1] if row is not None else NOBODY)
@@ -111,11 +113,11 @@ class Tokens:
         return (_token(row), bytes(row["digest"])) if row is not None else None
 
     def _row_at_once(self, identifier: str) -> _Row | None:
-        """Return a row, remembered while no other connection has committed: SQLite counts that for us."""
-        counted = self._db.row("PRAGMA data_version")
-        if counted is None or counted[0] != self._counted or len(self._rows) >= REMEMBERED:
+        """Return a row, remembered while no other connection has committed."""
+        counted = self._db.commits()
+        if counted != self._counted or len(self._rows) >= REMEMBERED:
             self._rows.clear()
-            self._counted = counted[0] if counted is not None else -1
+            self._counted = counted
         if identifier not in self._rows:
             self._rows[identifier] = self._row(identifier)
         return self._rows[identifier]
@@ -123,7 +125,7 @@ class Tokens:
     def _wait(self, *, patiently: bool) -> None:
         """Have this connection wait for others' commits, or not."""
         if self._patient != patiently:
-            self._db.rows(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000 if patiently else 0:.0f}")
+            self._db.be_patient(BUSY_TIMEOUT_S if patiently else 0)
             self._patient = patiently
 
     def all(self) -> list[Token]:
@@ -150,6 +152,7 @@ class Tokens:
             self._db.rows("DELETE FROM tokens WHERE id = ?", (wanted,))
             self._rows.clear()
             self._db.note("token_revoked", token=wanted)
+        self._db.shed("tokens")
         return row[0]
 
     def used(self, token: Token) -> None:
@@ -178,5 +181,5 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _token(row: sqlite3.Row) -> Token:
+def _token(row: Row) -> Token:
     return Token(row["id"], tuple(row["scopes"].split(",")), row["name"], row["created_at"], row["last_used_on"])

@@ -78,13 +78,15 @@ class Versions:
             " FROM versions v LEFT JOIN measurements m ON m.version = v.number ORDER BY v.number DESC LIMIT ?",
             (most,),
         )
-        return [dict(row) for row in reversed(rows)]
+        return [{name: row[name] for name in row.keys()} for row in reversed(rows)]  # noqa: SIM118 - a Row iterates over values
 
     def measured(self, number: int, *, accuracy: float, log_loss: float, records: int) -> None:
         """Write down how well a version answers on the holdout."""
         with self._db.transaction():
             self._db.rows(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?)", (number, accuracy, log_loss, records)
+                "INSERT INTO measurements (version, accuracy, log_loss, records) VALUES (?, ?, ?, ?) ON CONFLICT (version)"
+                " DO UPDATE SET accuracy = excluded.accuracy, log_loss = excluded.log_loss, records = excluded.records",
+                (number, accuracy, log_loss, records),
             )
 
     def is_measured(self, number: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from sisa.checkpoints.manifest import parse_shard, shard_folder
 from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.files import TEMPORARY
+from sisa.ledger.sqlite import SqliteDatabase
 from sisa.opening import PARTS, OpenStore
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
@@ -22,6 +23,8 @@ from sisa.records.partition import stray_files
 
 REPLAY = re.compile(r"[0-9a-f]{16}")
 """The name of a folder in which a replay retrains."""
+ELSEWHERE = frozenset({"ledger.db", "ledger.db-journal", "locks"})
+"""What a store has none of whose ledger lies on a server."""
 HOLDER = re.compile(rb"(process \d{1,20})?")
 """All that a lock file says: who took it last."""
 
@@ -75,7 +78,8 @@ def _links(root: Path) -> list[Path]:
 
 def _strays(store: OpenStore) -> Iterator[Path]:
     layout = store.layout
-    yield from (path for path in layout.root.iterdir() if path.name not in PARTS)
+    here = PARTS if isinstance(store.place, Path) else PARTS - ELSEWHERE
+    yield from (path for path in layout.root.iterdir() if path.name not in here)
     yield from (path for path in layout.keys.iterdir() if path not in {layout.routing_key, layout.exclusion_key})
     yield from _stray_locks(store)
     for unused in (layout.root / "audit", layout.scratch):
@@ -87,6 +91,8 @@ def _strays(store: OpenStore) -> Iterator[Path]:
 def _stray_locks(store: OpenStore) -> Iterator[Path]:
     """Return what is neither a lock, which says at most who took it, nor an empty stop mark of a request."""
     layout, shards = store.layout, range(store.shards)
+    if not layout.locks.is_dir():
+        return
     locks = {layout.lock(name) for name in ("create", "ingest", "operation")}
     locks |= {lock for shard in shards for lock in (layout.shard_lock(shard), layout.rows_lock(shard))}
     marks = {layout.stop_marks(shard) for shard in shards}
@@ -113,9 +119,12 @@ def _stray_journal(store: OpenStore) -> list[Path]:
     path = store.layout.ledger.with_name("ledger.db-journal")
     if path.is_dir():
         return [path]
-    if not path.is_file() or not path.stat().st_size:
+    if (
+        not isinstance(database := store.ledger.database, SqliteDatabase)
+        or not path.is_file()
+        or not path.stat().st_size
+    ):
         return []
-    database = store.ledger.database
     with database.transaction():
         size = database.rows("PRAGMA page_size")[0][0]
         is_ours = not path.is_file() or is_ignored_journal(path.read_bytes(), page_bytes=size)
@@ -124,12 +133,13 @@ def _stray_journal(store: OpenStore) -> list[Path]:
 
 def _stale_marks(store: OpenStore) -> list[str]:
     """Return stop marks of requests that need none any more; a killed deletion may leave one."""
-    marks = [path for folder in store.layout.locks.glob("stop-*") if folder.is_dir() for path in folder.iterdir()]
+    marks = store.coordination.marks.all()
     closed = {request.id for request in store.ledger.requests.all() if not request.open}
+    paths = [store.layout.stop_marks(shard) / request for shard, request in marks if request in closed]
     return [
         f"{_short(store, path)}: stops training for a deletion that has ended; `sisa repair` removes it"
-        for path in sorted(marks)
-        if path.name in closed and _is_mark(store, path)
+        for path in paths
+        if not path.exists() or _is_mark(store, path)  # what isn't empty is told elsewhere
     ]
 
 

@@ -7,19 +7,18 @@ history and tables alike is not found out.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from functools import partial
 
 from sisa.ledger import Request
-from sisa.ledger.database import SCHEMA
+from sisa.ledger.database import COUNTERS
 from sisa.opening import OpenStore
 from sisa.proof.problems import guarded, stage_name
 from sisa.proof.requests import Noted, exclusion_faults, request_faults, unseen_targets
 
 _QUARANTINES = "SELECT number, request FROM versions WHERE cause = 'quarantine'"
-_COUNTED = re.findall(r"CREATE TABLE (\w+) \([^;]*AUTOINCREMENT", SCHEMA)
-"""Tables of which SQLite remembers the last number that it gave."""
+_COUNTED = ("requests", "events")
+"""Tables of which the ledger remembers the last number that it gave."""
 
 
 def check_history(store: OpenStore, *, survivors: int | None) -> list[str]:
@@ -53,18 +52,18 @@ def _events(store: OpenStore) -> list[Noted]:
 
 
 def _gaps(store: OpenStore) -> list[str]:
-    """Numbers are given from 1 on without gaps, and SQLite remembers the last one that it gave."""
+    """Numbers are given from 1 on without gaps, and the ledger remembers the last one that it gave."""
     rows = store.ledger.database.rows
-    given = [(row["name"], row["seq"]) for row in rows("SELECT name, seq FROM sqlite_sequence")]
+    given = [(row["name"], row["last"]) for row in rows("SELECT name, last FROM counters")]
     faults = []
     for table in (*_COUNTED, "versions"):
         found = rows(f"SELECT count(*), coalesce(min(number), 1), coalesce(max(number), 0) FROM {table}")[0]  # noqa: S608 - names are ours
         count, first, last = found
-        remembered = [seq for name, seq in given if name == table]
-        if (first, last) != (1, count) or (table in _COUNTED and remembered != [count] and (count or remembered)):
+        remembered = [number for name, number in given if name == table]
+        if (first, last) != (1, count) or (table in _COUNTED and remembered != [count]):
             faults.append(f"{table} are missing")
-    if any(name not in _COUNTED for name, _ in given):
-        faults.append("numbers are remembered of a table that gives none")
+    if {name for name, _ in given} != set(COUNTERS):
+        faults.append("numbers are remembered of a table that gives none, or not of one that does")
     return faults
 
 

@@ -5,28 +5,24 @@ What lies on disk is held against it elsewhere: rows, stages and versions.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sqlite3
 
 from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import STATES
-from sisa.ledger.database import SCHEMA
 from sisa.opening import OpenStore
 from sisa.proof.problems import slice_name, stage_name
 from sisa.training.platform import platform_id
 
-FACTS = frozenset({"recipe", "routing_key", "exclusion_key", "ingested", "code", "platform", "fingerprint"})
+FACTS = frozenset({"recipe", "routing_key", "exclusion_key", "identity", "ingested", "code", "platform", "fingerprint"})
 """Everything that a ledger remembers by name."""
-_OBJECTS = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema"
 _UNANSWERED = """
-SELECT shard, slice FROM partitions WHERE dirty AND NOT EXISTS (
+SELECT shard, slice FROM partitions WHERE dirty = 1 AND NOT EXISTS (
     SELECT 1 FROM request_partitions AS place JOIN requests ON requests.id = place.request
     WHERE requests.state = 'accepted' AND place.shard = partitions.shard AND place.slice = partitions.slice)
 """
 _PREPARED = """
 SELECT shard, slice FROM partitions
-WHERE NOT dirty AND coalesce(next_records, next_subjects, next_membership) IS NOT NULL
+WHERE dirty = 0 AND (next_records IS NOT NULL OR next_subjects IS NOT NULL OR next_membership IS NOT NULL)
 """
 _MISCOUNTED = """
 SELECT shard, slice FROM partitions WHERE changes <> (
@@ -39,7 +35,7 @@ def check_ledger(store: OpenStore) -> list[str]:
     """Return what is wrong with the ledger by itself.
 
     Raises:
-        DamagedError: SQLite found a fault.
+        DamagedError: The engine found a fault.
     """
     store.ledger.check()
     problems = _other_form(store) + _other_facts(store) + _other_footing(store)
@@ -51,16 +47,9 @@ def check_ledger(store: OpenStore) -> list[str]:
 
 def _other_form(store: OpenStore) -> list[str]:
     """A table, a trigger or a view that no ledger has may hold anything, and do anything."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
-        fresh.executescript(SCHEMA)
-        expected = {_plain(*row) for row in fresh.execute(_OBJECTS)}
-    found = {_plain(*row) for row in store.ledger.database.rows(_OBJECTS)}
-    names = sorted({name for _, name, _, _ in expected ^ found})
+    database = store.ledger.database
+    names = sorted({each[1] for each in database.expected_form() ^ database.form()})
     return [f"ledger: {name} is not what a ledger of this version has" for name in names]
-
-
-def _plain(kind: str, name: str, table: str, statement: str) -> tuple[str, str, str, str]:
-    return kind, name, table, " ".join(statement.split())
 
 
 def _other_facts(store: OpenStore) -> list[str]:
@@ -92,7 +81,7 @@ def _strange_places(store: OpenStore) -> list[str]:
     problems = [f"ledger: {slice_name(*place)}: no line says what it holds" for place in sorted(places - told)]
     problems += [f"ledger: {slice_name(*place)}: there is no such slice" for place in sorted((told | asked) - places)]
     problems += [f"ledger: {stage_name(*place)}: there is no such stage" for place in sorted(stages - trained)]
-    for table in ("request_partitions", "exclusions"):
+    for table in ("request_partitions", "exclusions", "marks"):
         if rows(f"SELECT 1 FROM {table} WHERE request NOT IN (SELECT id FROM requests) LIMIT 1"):  # noqa: S608 - names are ours
             problems.append(f"ledger: {table} has lines of a request that there is not")
     return problems

@@ -375,6 +375,9 @@ class Recipe(Section):
 
     store: str | None = None
     """Where the trained ensemble lies; no part of its identity."""
+    ledger: str | None = None
+    """Where the store remembers what happened: a ``postgresql://`` URL without a password; by default, a file in the
+    store. No part of the training's identity; kept in the store's recipe, with the name of the store's schema."""
     data: DataSpec
     model: ModelSpec
     training: TrainingSpec

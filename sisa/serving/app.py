@@ -64,7 +64,8 @@ class Service:
         self.serving = serving
         self.name = serving.layout.root.name
         self.recipe = opened.recipe
-        opened.ledger.close()
+        self.asks_a_server = opened.ledger.database.remote
+        opened.close()
         self.stores = ThreadStores(serving.layout)
         self.replica = Replica(serving.layout, lease_s=serving.lease_s)
         self.metrics = metrics.Metrics(self.facts)
@@ -139,7 +140,12 @@ def create_app(serving: Serving, *, access: TextIO | None = None) -> FastAPI:
     )
     app.state.service = service
     rate = limits.RateLimit(per_second=serving.rate_per_second) if serving.rate_per_second else None
-    door = doors.Door(lambda: service.stores.get().ledger, open_prediction=serving.open_prediction, rate=rate)
+    door = doors.Door(
+        lambda: service.stores.get().ledger,
+        open_prediction=serving.open_prediction,
+        rate=rate,
+        always_waits=service.asks_a_server,
+    )
     app.state.door = door
     _add_health(app, service)
     _add_predictions(app, service, door)

@@ -44,7 +44,12 @@ class Door:
     """The doors of one application."""
 
     def __init__(
-        self, ledger_of: Callable[[], Ledger], *, open_prediction: bool = False, rate: RateLimit | None = None
+        self,
+        ledger_of: Callable[[], Ledger],
+        *,
+        open_prediction: bool = False,
+        rate: RateLimit | None = None,
+        always_waits: bool = False,
     ) -> None:
         """Keep what the doors need.
 
@@ -52,7 +57,9 @@ class Door:
             ledger_of: Returns a ledger that the calling thread may use: the event loop's, or a worker's.
             open_prediction: Whether predictions need no token.
             rate: How often each token (or, without one, each peer) may ask; None for no limit.
+            always_waits: Whether looking a token up is a question to a server, which the event loop had better not ask.
         """
+        self._always_waits = always_waits
         self._ledger_of = ledger_of
         self._open_prediction = open_prediction
         self._rate = rate
@@ -92,6 +99,8 @@ class Door:
 
     async def _identified(self, text: str) -> Token:
         try:
+            if self._always_waits:
+                raise BusyError("the ledger lies on a server")
             token = self.identify(text, wait=False)
         except BusyError:
             token = await run_in_threadpool(self.identify, text)

@@ -12,8 +12,8 @@ Invariants:
   with the lease of another.
 * The floor is raised before it is confirmed, and the lease is let go before the replica is registered anew or
   struck off by itself.
-* A lease counts only if the ledger's path still named the file that was read, after it was read. Another file, or
-  a history that went back, begins a new era: what was loaded before answers no more.
+* A lease counts only if the ledger's place still named the ledger that was read, after it was read. Another one, a
+  connection that was lost, or a history that went back, begins a new era: what was loaded before answers no more.
 
 What would void them: a clock that stands still while others go on, as in a virtual machine that is paused and
 resumed without its clock being set right.
@@ -24,22 +24,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 
 from sisa.clock import elapsed_s
 from sisa.ensemble.live import Answer, LiveEnsemble, Loaded
-from sisa.errors import BusyError, DamagedError, NoConstituentError, SisaError, StoreError
+from sisa.errors import BusyError, DamagedError, LostError, NoConstituentError, SisaError, StoreError
 from sisa.layout import Layout
 from sisa.learners.columns import Columns
 from sisa.learners.flags import FLAGS, FlagsTakenError
 from sisa.ledger import HELD, View
 from sisa.opening import OpenStore, open_store
-from sisa.serving.stores import ledger_file, without_path
+from sisa.serving.stores import without_path
 
 LOG = logging.getLogger("sisa.replica")
 LEASE_S = 2.0
@@ -51,7 +50,7 @@ RETRY_S = 0.5
 """After something failed that takes more than a reading to try again."""
 STOP_S = 5.0
 """How long the threads may take to stop; after that, deletions wait out this replica's lease."""
-BUSY_MS = 500
+BUSY_S = 0.5
 """How long a reading waits for a locked ledger before it says so."""
 
 
@@ -229,7 +228,9 @@ class Replica:
                 self._lease_trouble = "the store's ledger is locked by another process"
             except Exception as error:  # noqa: BLE001 - whatever it is: go on refusing, and try again
                 self._lease_trouble = self._told(error, before=self._lease_trouble)
-                if ledger is not None and (isinstance(error, DamagedError) or not isinstance(error, SisaError)):
+                if ledger is not None and (
+                    isinstance(error, DamagedError | LostError) or not isinstance(error, SisaError)
+                ):
                     ledger.close()
                     ledger = None
             self._stopping.wait(self._poll_s if ledger is not None else RETRY_S)
@@ -335,10 +336,10 @@ class Replica:
 
 @dataclass(frozen=True)
 class _Watched:
-    """An open store, and which file its ledger is."""
+    """An open store, and which one its ledger is."""
 
     store: OpenStore
-    file: tuple[int, int]
+    identity: Hashable
 
     @classmethod
     def opened(cls, layout: Layout) -> _Watched:
@@ -347,27 +348,26 @@ class _Watched:
         Raises:
             SisaError: It can't be opened now.
         """
-        file = ledger_file(os.fspath(layout.ledger))
         store = open_store(layout)
         with _closed_on_failure(store):
-            store.ledger.database.rows(f"PRAGMA busy_timeout = {BUSY_MS}")
-            watched = cls(store, file)
+            store.ledger.database.be_patient(BUSY_S)
+            watched = cls(store, store.ledger.database.opened_as)
             watched.check_place()
             return watched
 
     def check_place(self) -> None:
-        """Make sure that deletions would be written to the file that is read here.
+        """Make sure that deletions would be written to the ledger that is read here.
 
         Raises:
             StoreError: There is no ledger. The one that is open may come back.
-            DamagedError: Another file is in its place.
+            DamagedError: Another one is in its place.
         """
-        if ledger_file(os.fspath(self.store.layout.ledger)) != self.file:
+        if self.store.ledger.database.identity() != self.identity:
             raise DamagedError("the store's ledger was replaced")
 
     def close(self) -> None:
         """Close it."""
-        self.store.ledger.close()
+        self.store.close()
 
 
 @contextlib.contextmanager
@@ -375,7 +375,7 @@ def _closed_on_failure(store: OpenStore) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        store.ledger.close()
+        store.close()
         raise
 
 

@@ -6,7 +6,7 @@ Everything that can be refused is refused before the first byte is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sisa.coordination import Held
 from sisa.deletion.repair import Repair, bring_up
 from sisa.deletion.settle import rows_damage, settle_all
 from sisa.errors import RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
-from sisa.files import FileLock
 from sisa.layout import HOLDOUT_SLICE, Layout
 from sisa.learners.check import check_model
-from sisa.ledger import Partition
+from sisa.ledger import Partition, PostgresPlace, place_of
 from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, routing_key_for
 from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
@@ -70,6 +70,7 @@ def train(
     if place is None:
         raise UserError("store: missing", hint="Name it in the recipe (store: runs/name) or give --store.")
     layout = Layout.at(place)
+    place_of(asked.ledger, layout.ledger)  # refused before anything else, since it may hold a secret
     reporter = reporter or Silent()
     execution = Execution(
         executor=executor,  # type: ignore[arg-type]
@@ -79,8 +80,8 @@ def train(
     )
     execution.check()
     opened, missing = _ingested(asked, layout, reporter, upgrade=upgrade)
-    with opened.operation_lock().held(timeout_s=0):
-        done = _build(opened, execution, reporter, upgrade=upgrade)
+    with opened.operation_lock().held(timeout_s=0) as held:
+        done = _build(opened, execution, reporter, held, upgrade=upgrade)
     result = Store(opened)
     result.training = _summary(result, result.refit(), done, started=started, missing=missing)
     return result
@@ -114,24 +115,31 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         _scan(asked, resolved, key, reporter)
         opened = create_store(layout, resolved, key)
         _same_recipe(opened, resolved)
-    with opened.operation_lock().held(timeout_s=0):
+    with opened.operation_lock().held(timeout_s=0) as operation:
         if opened.ledger.ingested:
             raise_first(settle_all(opened, reporter))  # rows of accepted deletions are neither kept nor missing
             _check_rows(opened)
             return opened, _compare(opened, resolved, reporter)
-        with opened.ingest_lock().held():
-            _ingest(opened, resolved, reporter)
+        with opened.ingest_lock().held() as entering:
+            _ingest(opened, resolved, reporter, (operation, entering))
     return opened, 0
 
 
 def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
-    differences = difference(opened.recipe, resolved)
+    differences = difference(opened.recipe, resolved) + _other_ledger(opened, resolved)
     if differences:
         raise RecipeError(
             differences,
             source=f"the store {str(opened.layout.root)!r} was trained under another recipe; this one",
             hint="Train into another store, or go back to the stored recipe (recipe.yaml in the store).",
         )
+
+
+def _other_ledger(opened: OpenStore, resolved: Recipe) -> list[str]:
+    """Name the database in which the store remembers, if another is asked for: a store doesn't change it by itself."""
+    here, asked = opened.place, place_of(resolved.ledger, opened.layout.ledger)
+    shown = [repr(place.url) if isinstance(place, PostgresPlace) else "nothing" for place in (here, asked)]
+    return [f"ledger: the store has {shown[0]}, asked for {shown[1]}"] if shown[0] != shown[1] else []
 
 
 def _excluder(opened: OpenStore) -> Excluded:
@@ -164,7 +172,7 @@ def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> No
         reporter.note("data.source has no records: every shard stays out of the vote, and nothing can be predicted")
 
 
-def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
+def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iterable[Held]) -> None:
     reporter.begin("routing records", ingest.rows(resolved))
     try:
         counts = ingest.write(
@@ -176,6 +184,8 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
         )
     finally:
         reporter.end()
+    for lock in locks:
+        lock.check()
     opened.ledger.partitions.replace_all(
         [
             Partition(
@@ -194,7 +204,7 @@ def _check_rows(opened: OpenStore) -> None:
     """
     for shard in range(opened.shards):
         keys = shard_keys(opened.keys.routing, shard)
-        with FileLock(opened.layout.rows_lock(shard)).held():
+        with opened.coordination.rows(shard).held():
             for expected in opened.ledger.partitions.all(shard):
                 rows = read_partition(opened.layout, opened.recipe, keys, shard, expected.slice)
                 if rows.membership not in {expected.membership, expected.next_membership}:
@@ -228,7 +238,7 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
     return found.missing
 
 
-def _build(opened: OpenStore, execution: Execution, reporter: Reporter, *, upgrade: bool) -> Repair:
+def _build(opened: OpenStore, execution: Execution, reporter: Reporter, held: Held, *, upgrade: bool) -> Repair:
     here = footing_here(opened.recipe)
     standing = opened.ledger.footing()
     moves = upgrade and standing not in {None, (here.code, here.platform)}
@@ -242,6 +252,7 @@ def _build(opened: OpenStore, execution: Execution, reporter: Reporter, *, upgra
         reporter=reporter,
         cause="upgrade" if moves else "train",
         read_reused=True,
+        held=held,
     )
     raise_first(done.failures)
     return done

@@ -101,16 +101,24 @@ def _written(opened: OpenStore, ensemble: LiveEnsemble, table: Source, target: P
     Raises:
         _Overtaken: A quarantine was published meanwhile; ``target`` is as it was.
     """
+    named = False
 
     @contextlib.contextmanager
     def still_valid() -> Iterator[None]:
-        with opened.ledger.database.snapshot():  # whoever commits waits for it to end: some microseconds
+        nonlocal named
+        with opened.ledger.database.hold():  # whoever commits waits for it to end: some microseconds
             if ensemble.overtaken(done.version):
                 raise _Overtaken
             yield
+            named = True
 
-    with replacing(target, naming=still_valid()) as scratch:
-        done = _answer(opened, ensemble, table, scratch, reporter)
+    try:
+        with replacing(target, naming=still_valid()) as scratch:
+            done = _answer(opened, ensemble, table, scratch, reporter)
+    except StoreError:
+        if named:  # and then the hold was lost: somebody may have been deleted between the look and the name
+            target.unlink(missing_ok=True)
+        raise
     return done
 
 

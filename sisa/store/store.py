@@ -51,7 +51,7 @@ class Store:
 
     def close(self) -> None:
         """Close the ledger."""
-        self.opened.ledger.close()
+        self.opened.close()
 
     @property
     def version(self) -> int:
@@ -220,7 +220,7 @@ class Store:
                 reporter.note("waiting for another operation on this store to end; the erasure is done")
                 told.append(True)
 
-        with lock.held(poll=waiting):
+        with lock.held(poll=waiting) as held:
             done = bring_up(
                 self.opened,
                 shards=shards,
@@ -230,6 +230,7 @@ class Store:
                 cause="repair",
                 heal=heal,
                 read_reused=heal,
+                held=held,
             )
         failures = {k: e for k, e in done.failures.items() if answer_for is None or k in set(answer_for)}
         if failures:

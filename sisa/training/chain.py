@@ -9,7 +9,11 @@ that a lost worker left in the middle of it. In order:
 3. keys of stages 1..R follow from the memberships that the ledger expects;
 4. before a stage trains, the rows of its slices are read back and must be exactly those.
 
-A worker needs the store's folder, its shard's derived keys and nothing else: no ledger, no other shard.
+A worker needs the store's folder, its shard's derived keys and its shard's lock, and nothing else: no table of the
+ledger, no other shard.
+
+A lock on a server can be lost. Then the stage that is being trained is not written, and one that was just written is
+not reported: whoever holds the lock by now decides what stays.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from sisa.checkpoints import CheckpointStore, Manifest, SnapshotId, StageId
+from sisa.coordination import Held, HeldElsewhere, coordination_at
 from sisa.errors import DamagedError, FootingError, SisaError, StaleError
-from sisa.files import FileLock
 from sisa.layout import Layout
 from sisa.learners.columns import Columns
 from sisa.learners.source import code_version
-from sisa.ledger import StageRow
+from sisa.ledger import StageRow, place_of
 from sisa.lineage import stage_key
 from sisa.planning.epochs import epoch_budget
 from sisa.recipe import Recipe
@@ -70,6 +74,8 @@ class ChainTask:
     """Retrain a damaged stage instead of reporting it."""
     snapshot_every_s: float | None = None
     """Seconds of training between two recovery snapshots of a stage; None for none."""
+    ledger: str | None = None
+    """Where locks and marks are, if not in the store's folder: what the store's recipe says of its ledger."""
 
     @property
     def shard(self) -> int:
@@ -102,18 +108,20 @@ def run_chain(task: ChainTask, report: Report) -> None:
         StaleError: The rows are not those that the task was planned with.
         DamagedError: A stage or a partition is damaged.
         FootingError: This process runs other code or another platform than the chain's.
+        LostLockError: Somebody else may be at this shard by now.
     """
     layout = Layout(Path(task.root))
-    marks = layout.stop_marks(task.shard)
+    coordination = coordination_at(layout, place_of(task.ledger, layout.ledger))
+    with contextlib.closing(coordination), coordination.shard(task.shard).held() as lock:
 
-    def stopped() -> bool:
-        return marks.is_dir() and any(marks.iterdir())
+        def stopped() -> bool:
+            lock.check()
+            return coordination.marks.any(task.shard)
 
-    with FileLock(layout.shard_lock(task.shard)).held():
         if stopped():
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
         _check_footing(task)
-        _Chain(task, layout, stopped, report).walk()
+        _Chain(task, layout, stopped, report, lock).walk()
 
 
 def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
@@ -125,17 +133,20 @@ def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
         FootingError: This process runs other code or another platform than the chain's.
     """
     _check_footing(task)
-    return _Chain(task, Layout(Path(task.root)), lambda: False, lambda _: None).inputs(stage)
+    return _Chain(task, Layout(Path(task.root)), lambda: False, lambda _: None, HeldElsewhere()).inputs(stage)
 
 
 class _Chain:
     """The walk along one chain, with what it has read so far."""
 
-    def __init__(self, task: ChainTask, layout: Layout, stopped: Callable[[], bool], report: Report) -> None:
+    def __init__(
+        self, task: ChainTask, layout: Layout, stopped: Callable[[], bool], report: Report, lock: Held
+    ) -> None:
         self._task = task
         self._layout = layout
         self._stopped = stopped
         self._report = report
+        self._lock = lock
         self._checkpoints = CheckpointStore(Path(task.checkpoints))
         self._keys = chain_keys(task)
         self._together = Together(task.recipe)
@@ -152,6 +163,7 @@ class _Chain:
                 reused = manifest is not None
                 if manifest is None:
                     manifest = self._train(stage)
+                self._lock.check()
                 self._report(StageDone(_row(self._task, manifest), reused=reused))
 
     def _kept(self, identity: StageId) -> bool:
@@ -228,6 +240,7 @@ class _Chain:
         seconds = recovery.seconds_before + time.monotonic() - started
         if self._stopped():  # what was read may be about to be erased: don't let these weights reach the disk
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
+        self._lock.check()
         self._newest = (stage, state)
         manifest = self._checkpoints.write(
             self._identity(stage),
