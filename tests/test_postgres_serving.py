@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import race_kit as kit
-from postgres_kit import Server
+from postgres_kit import OPERATOR, Server
 
 import sisa
 from sisa.deletion.accept import accept
@@ -91,10 +91,11 @@ def test_a_server_follows_a_ledger_that_was_restored_in_the_others_place(
     with kit.serving(store, *SHORT) as server:
         postgres.ask(f"ALTER SCHEMA {schema} RENAME TO aside")
         kit.wait_until(lambda: refuses(server), "it refuses")
-        postgres.ask("CREATE SCHEMA restored")
+        postgres.ask(f"CREATE SCHEMA restored AUTHORIZATION {OPERATOR}")
         for (table,) in postgres.ask("SELECT tablename FROM pg_tables WHERE schemaname = 'aside'"):
             postgres.ask(f"CREATE TABLE restored.{table} (LIKE aside.{table} INCLUDING ALL)")
             postgres.ask(f"INSERT INTO restored.{table} SELECT * FROM aside.{table}")
+            postgres.ask(f"ALTER TABLE restored.{table} OWNER TO {OPERATOR}")
         postgres.ask(f"ALTER SCHEMA restored RENAME TO {schema}")
         check_deletion(server, store, next(people))
     assert opened.opened.ledger.database.identity() != before
