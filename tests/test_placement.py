@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import struct
@@ -144,6 +145,20 @@ def test_a_machine_that_may_still_be_started_is_waited_for(monkeypatch):
     assert room(Cluster(groups=[group(-1, CPU=8, GPU=2)]), need) == machines.UNLIMITED
     with pytest.raises(UserError):
         require_place(Cluster({"CPU": 4.0}, groups=[group(3, CPU=8)]), need)
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"active_nodes": {"node_0123ab": 1, "node_4567cd": 1}}, False),
+        ({"active_nodes": {"head-group": 1}, "idle_nodes": None}, True),
+        ({"active_nodes": {}, "idle_nodes": {"small": 2}}, True),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_a_head_that_only_watches_is_no_autoscaler(report, expected):
+    assert machines.names_types(json.dumps({"autoscaler_report": report}).encode()) is expected
 
 
 # --- what a worker reads ----------------------------------------------------------------------------

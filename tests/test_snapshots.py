@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import crash_kit as kit
 import numpy as np
@@ -17,6 +18,7 @@ from training_kit import KEYS, images, numbers, recipe, stage
 from sisa.checkpoints import CheckpointStore, SnapshotId, StageId
 from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.errors import DamagedError, StoreError
+from sisa.ledger.requests import Requests
 from sisa.progress import Silent
 from sisa.recipe import ColumnSpec
 from sisa.state import StageState, full_digest
@@ -410,6 +412,21 @@ def delete_in_child(root: Path, person: str) -> None:
     kit.reopened(root).delete(subjects=[person], defer=True)
 
 
+def delete_watched(root: Path, person: str, names: list[str]) -> list[str]:
+    """Delete, and return which of these snapshots were there when the request became ``stages_purged``."""
+    seen: list[str] = []
+    real = Requests.advance
+
+    def advance(self: Requests, request: str, state: str, **said: Any) -> Any:
+        if state == "stages_purged":
+            seen.extend(path.name for path in snapshots_of(root) if path.name in names)
+        return real(self, request, state, **said)
+
+    with mock.patch.object(Requests, "advance", advance):
+        kit.reopened(root).delete(subjects=[person], defer=True)
+    return seen
+
+
 def test_a_deletion_in_mid_stage_leaves_no_snapshot(world, monkeypatch):
     """The stop mark is seen before the next snapshot would be kept; what was kept before goes with the purge."""
     root = world.folder / "amid"
@@ -422,7 +439,8 @@ def test_a_deletion_in_mid_stage_leaves_no_snapshot(world, monkeypatch):
         if not states and snapshot_id.stage_id.stage == 2 and snapshot_id.step == 5:
             wanted.update(pieces(snapshots_of(root)))
             shard = snapshot_id.stage_id.shard
-            other = kit.Child(delete_in_child, root, world.leaver(shard, 1))
+            names = [path.name for path in snapshots_of(root)]
+            other = kit.Child(delete_watched, root, world.leaver(shard, 1), names)
             while not list((root / "locks").glob(f"stop-{shard:04d}/*")):  # accepted, and the training is told
                 assert not other.heard()
             states.append(other)
@@ -430,7 +448,7 @@ def test_a_deletion_in_mid_stage_leaves_no_snapshot(world, monkeypatch):
     monkeypatch.setattr(Snapshots, "write", write)
     store = train(world.recipe, root)
     assert states
-    states[0].result()
+    assert states[0].result() == []
     assert wanted
     assert holding(root, wanted) == []
     assert not snapshots_of(root)

@@ -26,6 +26,7 @@ from sisa.errors import SisaError, StoreError, UserError
 from sisa.execution.folder import working_folder
 from sisa.execution.interrupts import interrupts_deferred
 from sisa.execution.machines import require_place, room
+from sisa.execution.meters import Meters
 from sisa.execution.options import refuse_client
 from sisa.execution.receiver import Receiver
 from sisa.planning.placement import Need
@@ -34,6 +35,9 @@ from sisa.training.events import Event, Kept, StageDone, Trained
 
 TRIES = 4
 """How often the workers of a chain may die without a stage or a snapshot between, before that is reported."""
+ENTER_EVERY_S = 0.1
+"""Stages that are reported within so long are entered in one transaction: each waits for the disk several times. A
+driver that dies in between loses no stage: they lie in the checkpoints, and are found and verified."""
 LOOK_EVERY_S = 5.0
 """How often the driver sees what machines there are."""
 PLACELESS_S = 600.0
@@ -95,7 +99,9 @@ class _Chains:
         self._waiting = deque(_Chain(task) for task in tasks)
         self._running: dict[Any, _Chain] = {}
         self._pending: list[Event] = []
+        self._flushed = -math.inf
         self._paths = _import_paths()
+        self._meters = Meters(shards=tasks[0].recipe.sisa.shards if tasks else 0)
         self._room = limit or 1
         self._looked = -math.inf
         self._placeless_since: float | None = None
@@ -117,7 +123,9 @@ class _Chains:
                     del self._running[stream]
                 if state == "died":
                     self._again(chain)
-            self._flush()
+            if time.monotonic() - self._flushed >= ENTER_EVERY_S:
+                self._flush()
+        self._flush()
 
     def cancel(self) -> None:
         """Give up what still runs."""
@@ -132,7 +140,7 @@ class _Chains:
     def _ready(self) -> list[Any]:
         """Wait for a report, and return all chains that have one by then: what comes together is entered together."""
         streams = list(self._running)
-        ready, others = self._ray.wait(streams, num_returns=1, timeout=1.0)
+        ready, others = self._ray.wait(streams, num_returns=1, timeout=ENTER_EVERY_S if self._pending else 1.0)
         if ready and others:
             ready, _ = self._ray.wait(streams, num_returns=len(streams), timeout=0)
         return list(ready)
@@ -155,6 +163,8 @@ class _Chains:
         events, self._pending = self._pending, []
         if events:
             self._receiver.events(events)
+            self._meters.count(events)
+        self._flushed = time.monotonic()
 
     def _again(self, chain: _Chain) -> None:
         """Start a chain again whose worker died, before all others: it has waited longest."""
@@ -305,7 +315,7 @@ def connected(address: str | None, *, cores: int) -> Iterator[Any]:
         yield ray
         return
     _read_variables_again()
-    with contextlib.nullcontext() if address is not None else working_folder() as folder:
+    with contextlib.nullcontext() if address is not None else working_folder() as folder, _unheard(ray):
         try:
             with interrupts_deferred():
                 _connect(ray, address, cores=cores, folder=folder)
@@ -313,6 +323,18 @@ def connected(address: str | None, *, cores: int) -> Iterator[Any]:
         finally:
             with interrupts_deferred():
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _unheard(ray: Any) -> Iterator[None]:
+    """Keep what Ray says of dead workers off stdout, where it would land among answers; we say it on stderr."""
+    module = ray._private.worker
+    before = module._worker_logs_enabled
+    module._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        module._worker_logs_enabled = before
 
 
 def _read_variables_again() -> None:

@@ -6,6 +6,7 @@ one: then its own description of what it may start is believed.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -14,6 +15,8 @@ from sisa.planning.placement import Need, capacity, places
 
 JOINING_S = 3.0
 """A cluster that has just been started may lack machines for a moment."""
+UNNAMED = "node_"
+"""How Ray calls the type of a machine that nobody named."""
 UNLIMITED = 10**6
 """Workers of an autoscaler that names no limit."""
 
@@ -57,10 +60,24 @@ def _promised(ray: Any, need: Need) -> int:
 
 
 def _scales_itself(ray: Any) -> bool:
-    """Say whether an autoscaler of the older kind runs, which tells what it does and not what it may do."""
+    """Say whether an autoscaler runs that tells what it does and not what it may do.
+
+    A head watches its machines in any case, and calls each by a type of its own; an autoscaler has named types.
+    """
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
 
-    return bool(_internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS))
+    if is_autoscaler_v2():
+        return True
+    said = _internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS)
+    return said is not None and names_types(said)
+
+
+def names_types(status: bytes) -> bool:
+    """Say whether an autoscaler's status tells of types of machines that somebody named."""
+    report = json.loads(status).get("autoscaler_report") or {}
+    found = [kind for field in ("active_nodes", "idle_nodes") for kind in report.get(field) or {}]
+    return any(not kind.startswith(UNNAMED) for kind in found)
 
 
 def _said(ray: Any) -> str:
