@@ -13,14 +13,25 @@ from pathlib import Path
 from sisa.checkpoints import CheckpointStore
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
-from sisa.layout import Layout
+from sisa.layout import Layout, all_slices
 from sisa.ledger import STATES, Ledger
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
 
 PARTS = frozenset(
-    {"recipe.yaml", "ledger.db", "ledger.db-journal", "records", "checkpoints", "keys", "locks", "scratch", "audit"}
+    {
+        "recipe.yaml",
+        "ledger.db",
+        "ledger.db-journal",
+        "records",
+        "checkpoints",
+        "keys",
+        "locks",
+        "scratch",
+        "incoming",
+        "audit",
+    }
 )
 """What may lie directly in a store."""
 
@@ -52,8 +63,19 @@ class OpenStore:
 
     @property
     def slices(self) -> int:
-        """Number of slices of each shard."""
-        return self.recipe.sisa.slices
+        """Number of slices of each shard now: the recipe's R, and one for each generation that was added."""
+        return self.recipe.sisa.slices + self.generations
+
+    @property
+    def generations(self) -> int:
+        """How many generations were added; read from the ledger, and constant only under the operation lock."""
+        return self.ledger.generations.count()
+
+    @property
+    def all_slices(self) -> range:
+        """Numbers of all slices of a shard, those of held-out rows (0 and below) included."""
+        generations = self.generations
+        return all_slices(slices=self.recipe.sisa.slices + generations, generations=generations)
 
     @property
     def classes(self) -> list[bool | int | str]:
@@ -63,6 +85,10 @@ class OpenStore:
     def operation_lock(self) -> FileLock:
         """The lock of whatever trains, repairs or verifies: one at a time, deletions excepted."""
         return FileLock(self.layout.lock("operation"))
+
+    def incoming_lock(self) -> FileLock:
+        """The lock of whoever is writing rows that the ledger doesn't expect yet."""
+        return FileLock(self.layout.lock("incoming"))
 
     def ingest_lock(self) -> FileLock:
         """The lock of the moment in which records enter."""

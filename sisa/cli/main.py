@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from sisa import __version__
+from sisa.cli.add import add
 from sisa.cli.delete import delete
 from sisa.cli.options import print_json, spread_ids
 from sisa.cli.predict import predict
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for command in (train, delete, repair, status, predict, verify, serve, token):
+for command in (train, add, delete, repair, status, predict, verify, serve, token):
     cli.add_command(command)
 for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.

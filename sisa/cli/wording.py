@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sisa.proof.verify import Verification
-    from sisa.store.results import Deletion, Repaired
+    from sisa.store.results import Addition, Deletion, Metrics, Repaired
 
 
 def counted(count: int, noun: str) -> str:
@@ -78,3 +78,30 @@ def verification_lines(found: Verification, *, replay: bool) -> list[str]:
 
 def _shards(shards: list[int]) -> str:
     return f"shard{'' if len(shards) == 1 else 's'} {', '.join(map(str, shards)) or 'none'}"
+
+
+def metrics_lines(metrics: Metrics | None) -> list[str]:
+    """Say how well the live ensemble answers on the holdout, if that was measured."""
+    if metrics is None:
+        return []
+    return [
+        (
+            f"accuracy {metrics.accuracy:.4f}, log loss {metrics.log_loss:.4f} on "
+            f"{counted(metrics.records, 'held-out record')} ({counted(metrics.voters, 'voter')})"
+        )
+    ]
+
+
+def addition_lines(done: Addition) -> list[str]:
+    """Say what was added, and what it took."""
+    verb = "was there already" if done.repeated else "added"
+    lines = [
+        (
+            f"generation {done.generation} {verb}: {counted(done.records, 'record')} in slice {done.slice} of the shards, "
+            f"{done.holdout_records:,} held out"
+        )
+    ]
+    if done.excluded_records:
+        lines.append(f"left out: {counted(done.excluded_records, 'row')} of deleted people")
+    trained = f"trained {counted(done.stages_trained, 'stage')}" if done.stages_trained else "nothing was trained"
+    return [*lines, f"{trained} ({done.seconds:.1f} s); live: version {done.version}", *metrics_lines(done.metrics)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sisa.deletion.incoming import sweep_incoming
 from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, settle_all
 from sisa.errors import DamagedError, SisaError
 from sisa.execution.build import Plan, build
@@ -62,6 +63,7 @@ def bring_up(
         read_reused: Verify every byte of stages that are reused.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
+    sweep_incoming(store, reporter)
     result = Repair(version=store.ledger.versions.live_number())
     if shards is None and not result.version:
         return result
@@ -183,4 +185,4 @@ def _whole(store: OpenStore, footing: Footing, shards: Iterable[int]) -> bool:
 
 
 def _title(cause: str) -> str:
-    return {"train": "training", "repair": "retraining", "upgrade": "rebuilding"}.get(cause, cause)
+    return {"train": "training", "add": "training", "repair": "retraining", "upgrade": "rebuilding"}.get(cause, cause)

@@ -13,9 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
+from sisa.deletion.incoming import sweep_incoming
 from sisa.errors import DamagedError, SisaError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, touch_durably
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
@@ -67,10 +68,11 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
             erase_partition(store, shard, slice_)
         except DamagedError as error:
             damaged.setdefault(shard, error)
+    sweep_incoming(store, reporter)
     if not damaged:
         store.ledger.requests.advance(request.id, "rows_erased")
     for shard in request.shards:
-        first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
+        first = min(slice_ for k, slice_ in request.places if k == shard and not is_held_out(slice_))
         purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
     remove_replays(store)  # they have seen the same rows
     if damaged:

@@ -1,5 +1,6 @@
 """The store's memory of what happened: requests, exclusions, partitions, stages, versions, events."""
 
+from sisa.ledger.generations import Generation
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
 from sisa.ledger.replicas import ReplicaRow, View
@@ -12,6 +13,7 @@ __all__ = [
     "SCOPES",
     "STATES",
     "Acceptance",
+    "Generation",
     "Kind",
     "Ledger",
     "Member",

@@ -29,6 +29,7 @@ CREATE TABLE partitions (
     shard INTEGER NOT NULL, slice INTEGER NOT NULL, records INTEGER NOT NULL, subjects INTEGER NOT NULL,
     membership TEXT NOT NULL, next_records INTEGER, next_subjects INTEGER, next_membership TEXT, changes INTEGER NOT NULL DEFAULT 0, dirty INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (shard, slice)) STRICT;
+CREATE TABLE generations (number INTEGER PRIMARY KEY, created_at TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 CREATE TABLE requests (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
     state TEXT NOT NULL, reason TEXT NOT NULL, subjects INTEGER NOT NULL, records INTEGER NOT NULL,
@@ -153,6 +154,11 @@ class Database:
             yield
         finally:
             self._connection.execute("ROLLBACK")
+
+    def newest_request(self) -> int:
+        """Return the number of the newest request; 0 before the first."""
+        row = self.row("SELECT coalesce(max(number), 0) AS number FROM requests")
+        return int(row["number"]) if row is not None else 0
 
     def note(self, kind: str, **detail: object) -> None:
         """Write one line of history: numbers, states and places, never an id or a digest of a record."""

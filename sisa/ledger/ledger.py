@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sisa.errors import DamagedError
 from sisa.ledger.database import Database
+from sisa.ledger.generations import Generations
 from sisa.ledger.partitions import Partitions
 from sisa.ledger.replicas import Replicas
 from sisa.ledger.requests import Requests
@@ -22,6 +23,7 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.partitions = Partitions(database)
+        self.generations = Generations(database)
         self.stages = Stages(database, self.partitions)
         self.versions = Versions(database, self.stages)
         self.requests = Requests(database, self.versions)

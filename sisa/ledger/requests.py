@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sisa.errors import StoreError, UserError
-from sisa.layout import HOLDOUT_SLICE
+from sisa.errors import StaleError, StoreError, UserError
+from sisa.layout import is_held_out
 from sisa.ledger.database import Database, now
+from sisa.ledger.generations import Generations
 from sisa.ledger.versions import Versions
 
 STATES = ("accepted", "rows_erased", "stages_purged", "repairing", "repaired")
@@ -65,7 +66,7 @@ class Request:
     @property
     def shards(self) -> list[int]:
         """Shards whose constituents were affected; holdout rows affect none."""
-        return sorted({shard for shard, slice_ in self.places if slice_ != HOLDOUT_SLICE})
+        return sorted({shard for shard, slice_ in self.places if not is_held_out(slice_)})
 
     @property
     def open(self) -> bool:
@@ -102,7 +103,13 @@ class Requests:
         self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
 
     def accept(
-        self, targets: Sequence[Target], *, reason: str, regime: str = "", key_check: str | None = None
+        self,
+        targets: Sequence[Target],
+        *,
+        reason: str,
+        regime: str = "",
+        key_check: str | None = None,
+        generations: int | None = None,
     ) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
 
@@ -111,8 +118,10 @@ class Requests:
         Raises:
             UserError: There is nothing to delete.
             StoreError: The digests of ``targets`` were made with an exclusion key that was replaced meanwhile.
+            StaleError: The ``generations`` in which the targets were looked up are not all any more.
         """
         with self._db.transaction():
+            self._check_generations(generations)
             if key_check is not None and not self._is_key(key_check):
                 raise StoreError(
                     "the exclusion key was replaced while ids were looked up", hint="Run the command again."
@@ -139,6 +148,11 @@ class Requests:
     def _is_key(self, key_check: str) -> bool:
         row = self._db.row("SELECT value FROM facts WHERE name = 'exclusion_key'")
         return row is not None and row["value"] == key_check
+
+    def _check_generations(self, known: int | None) -> None:
+        """Who was looked up before a generation came may have rows in it."""
+        if known is not None and known != Generations(self._db).count():
+            raise StaleError("rows were added while ids were looked up", hint="Run the command again.")
 
     def _in_order(self, identifiers: Collection[str]) -> tuple[Request, ...]:
         rows = self._db.rows(
@@ -168,7 +182,7 @@ class Requests:
         self._db.many("UPDATE partitions SET changes = changes + 1, dirty = 1 WHERE shard = ? AND slice = ?", places)
         tainted_from: dict[int, int] = {}
         for shard, slice_ in places:
-            if slice_ != HOLDOUT_SLICE:
+            if not is_held_out(slice_):
                 tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
         self._db.many("UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items()))
         self._db.note(
@@ -255,8 +269,7 @@ class Requests:
     def exclusions(self) -> dict[tuple[str, bytes], str]:
         """Return every exclusion and the request that made it; read again only after a new request."""
         with self._db.snapshot():
-            newest = self._db.row("SELECT coalesce(max(number), 0) AS number FROM requests")
-            number = int(newest["number"]) if newest is not None else 0
+            number = self._db.newest_request()
             if self._known[0] != number:
                 rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
                 self._known = (number, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})

@@ -27,17 +27,17 @@ class SliceRows:
     membership: str
 
 
-def check_rows(store: OpenStore, shard: int) -> tuple[list[str], list[SliceRows | None]]:
-    """Return what is wrong with a shard's rows, and what slices 0..R hold (None: unreadable)."""
+def check_rows(store: OpenStore, shard: int) -> tuple[list[str], dict[int, SliceRows | None]]:
+    """Return what is wrong with a shard's rows, and what each of its slices holds (None: unreadable)."""
     problems: list[str] = []
-    found: list[SliceRows | None] = []
-    for slice_ in range(HOLDOUT_SLICE, store.slices + 1):
-        found.append(None)
+    found: dict[int, SliceRows | None] = {}
+    for slice_ in store.all_slices:
+        found[slice_] = None
         problems += guarded(partial(_check_slice, store, shard, slice_, found), slice_name(shard, slice_))
     return problems, found
 
 
-def _check_slice(store: OpenStore, shard: int, slice_: int, found: list[SliceRows | None]) -> list[str]:
+def _check_slice(store: OpenStore, shard: int, slice_: int, found: dict[int, SliceRows | None]) -> list[str]:
     """Return what is wrong with one slice, and note in ``found`` what it holds.
 
     Raises:
@@ -45,7 +45,7 @@ def _check_slice(store: OpenStore, shard: int, slice_: int, found: list[SliceRow
     """
     expected, rows = _read(store, shard, slice_)
     excluded = _excluded(store, rows)
-    found[-1] = SliceRows(len(rows.table), excluded, rows.membership)
+    found[slice_] = SliceRows(len(rows.table), excluded, rows.membership)
     faults = _uncounted(expected, rows)
     if excluded:
         faults.append(f"{excluded} rows of deleted people")
@@ -90,6 +90,10 @@ def _misplaced(store: OpenStore, shard: int, slice_: int, rows: PartitionRows) -
     subjects = subjects if isinstance(subjects, pa.Array) else pa.concat_arrays(subjects.chunks)
     routes = store.router.route(subjects)
     misplaced = routes.shard_N != shard
-    if slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
+    if slice_ < HOLDOUT_SLICE:  # of a generation it is its place in time that says the slice
+        misplaced |= routes.slice_N != HOLDOUT_SLICE
+    elif slice_ > store.recipe.sisa.slices:
+        misplaced |= routes.slice_N == HOLDOUT_SLICE
+    elif slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
         misplaced |= routes.slice_N != slice_
     return [f"{int(misplaced.sum())} rows that the routing key places elsewhere"] if misplaced.any() else []

@@ -91,6 +91,7 @@ def compare(
     layout: Layout,
     *,
     routing_key: bytes,
+    generations: int = 0,
     excluded: Excluded | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
@@ -100,6 +101,7 @@ def compare(
         recipe: The store's resolved recipe, with the sources to compare.
         layout: The store.
         routing_key: Its routing key.
+        generations: How many were added to it.
         excluded: Marks the rows of deleted people, which count as nothing.
         on_progress: Told how many more records were compared.
 
@@ -108,7 +110,7 @@ def compare(
         DamagedError: A partition is unreadable.
     """
     intake = _intake(recipe, routing_key=routing_key, excluded=excluded)
-    return comparing.compare(intake, layout, routing_key, on_progress=on_progress)
+    return comparing.compare(intake, layout, routing_key, generations=generations, on_progress=on_progress)
 
 
 def _intake(recipe: Recipe, *, routing_key: bytes, excluded: Excluded | None) -> Intake:

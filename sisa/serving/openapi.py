@@ -252,7 +252,7 @@ def _state(classes: list[bool | int | str]) -> JSON:
     version = {"number": INTEGER, "created_at": TIME, "cause": TEXT, "request": MAYBE_TEXT, "voters": INTEGER,
                "accuracy": {"type": ["number", "null"]}}  # fmt: skip
     replica = {"id": TEXT, "version": INTEGER, "confirmed": {"type": "boolean"}}
-    numbers = ("version", "shards", "slices", "records", "subjects", "holdout_records", "open_requests")
+    numbers = ("version", "shards", "slices", "generations", "records", "subjects", "holdout_records", "open_requests")
     return _object({
         "store": TEXT, "now": TIME, "state": TEXT, **dict.fromkeys(numbers, INTEGER), "classes": _list({"enum": classes}),
         "aggregation": TEXT, "stages": _list(_object(stage)), "versions": _list(_object(version)),

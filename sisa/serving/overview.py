@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from sisa.layout import is_held_out
 from sisa.ledger import Ledger, StageRow, Version
 from sisa.opening import OpenStore
 from sisa.serving.deletions import described
@@ -27,7 +28,7 @@ def overview(store: OpenStore, *, lease_s: float) -> dict[str, Any]:
         return {
             "store": store.layout.root.name,
             "now": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            **{name: told[name] for name in ("version", "state", "shards", "slices")},
+            **{name: told[name] for name in ("version", "state", "shards", "slices", "generations")},
             **{name: told[name] for name in ("records", "subjects", "holdout_records")},
             "classes": store.classes,
             "aggregation": store.recipe.sisa.aggregation_name,
@@ -66,7 +67,7 @@ def _taken_from(store: OpenStore) -> dict[int, tuple[int, str]]:
     taken: dict[int, tuple[int, str]] = {}
     for request in store.ledger.requests.open():
         for shard, slice_ in request.places:
-            if slice_:
+            if not is_held_out(slice_):
                 first, _ = taken.get(shard, (slice_, ""))
                 taken[shard] = (min(first, slice_), request.state)
     return taken

@@ -19,7 +19,7 @@ from sisa.deletion.settle import rows_damage, settle_all
 from sisa.errors import RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
 from sisa.files import FileLock
-from sisa.layout import HOLDOUT_SLICE, Layout
+from sisa.layout import Layout, is_held_out
 from sisa.learners.check import check_model
 from sisa.ledger import Partition
 from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, routing_key_for
@@ -112,7 +112,7 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
     with opened.operation_lock().held(timeout_s=0):
         if opened.ledger.ingested:
             raise_first(settle_all(opened, reporter))  # rows of accepted deletions are neither kept nor missing
-            _check_rows(opened)
+            check_rows(opened)
             return opened, _compare(opened, resolved, reporter)
         with opened.ingest_lock().held():
             _ingest(opened, resolved, reporter)
@@ -129,7 +129,7 @@ def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
         )
 
 
-def _excluder(opened: OpenStore) -> Excluded:
+def excluder(opened: OpenStore) -> Excluded:
     """Mark deleted people's rows, as known when the first rows arrive.
 
     A comparison has read the partitions by then: whoever was erased from them before is known as deleted.
@@ -166,7 +166,7 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
             resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(opened),
+            excluded=excluder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -181,7 +181,7 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> None:
     )
 
 
-def _check_rows(opened: OpenStore) -> None:
+def check_rows(opened: OpenStore) -> None:
     """Make sure that the store holds the rows that it should: what was lost must not look like new in the source.
 
     Raises:
@@ -204,7 +204,8 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
             resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(opened),
+            generations=opened.generations,
+            excluded=excluder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -212,8 +213,9 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
     if not found.clean:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "
-            "adding and correcting records is not supported yet; nothing was changed",
-            hint="Train from the source as it was, or train into another store.",
+            "training neither adds nor corrects; nothing was changed",
+            hint="Put the new ones into a table of their own, for `sisa add`; "
+            "or train from the source as it was, or into another store.",
         )
     if found.missing:
         reporter.note(
@@ -263,9 +265,9 @@ def _summary(store: Store, version: int, done: Repair, *, started: float, missin
     return Training(
         store=str(opened.layout.root),
         version=version,
-        records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
-        subjects=sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),
-        holdout_records=sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
+        records=sum(p.records for p in partitions if not is_held_out(p.slice)),
+        subjects=sum(p.subjects for p in partitions if not is_held_out(p.slice)),
+        holdout_records=sum(p.records for p in partitions if is_held_out(p.slice)),
         shards=opened.shards,
         slices=opened.slices,
         stages_trained=len(done.trained),

@@ -46,6 +46,28 @@ class Training(_Answer):
 
 
 @dataclass(frozen=True)
+class Addition(_Answer):
+    """What ``add`` did."""
+
+    generation: int
+    """1 for the first one that was added."""
+    slice: int
+    """Which slice of each shard it is: R+g."""
+    records: int
+    """Its rows that are trained on, as they are in the store now; the held-out ones are not among them."""
+    holdout_records: int
+    excluded_records: int
+    """Rows of deleted people in the table, which were left out."""
+    repeated: bool
+    """It was in the store already; what was missing was trained."""
+    stages_trained: int
+    version_before: int
+    version: int
+    metrics: Metrics | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Deletion(_Answer):
     """What ``delete`` did. Numbers are those of ``request``, which is empty if no id was known."""
 

@@ -15,7 +15,7 @@ from sisa.layout import Layout
 from sisa.ledger import STATES
 from sisa.progress import Reporter, Silent
 from sisa.routing.ids import id_text
-from sisa.store.results import Deletion, Metrics, Repaired, Training
+from sisa.store.results import Addition, Deletion, Metrics, Repaired, Training
 from sisa.store.status import status
 
 if TYPE_CHECKING:
@@ -98,6 +98,37 @@ class Store:
 
             self._live = LiveEnsemble(self.opened)
         return self._live
+
+    def add(
+        self,
+        source: str | Path,
+        *,
+        defer: bool = False,
+        executor: str = "auto",
+        address: str | None = None,
+        workers: int | None = None,
+        reporter: Reporter | None = None,
+    ) -> Addition:
+        """Add the rows of a table as a new generation: a new last slice of every shard, trained on top of the others.
+
+        Nothing that was trained before changes. The same table again is recognised, and goes on where it stopped.
+
+        Args:
+            source: A table with the columns of the recipe, and record ids that are not in the store.
+            defer: Add the rows now; ``train`` or :meth:`repair` trains on them.
+            executor: ``auto``, ``ray`` or ``inline``.
+            address: A running Ray cluster.
+            workers: How many chains at a time.
+            reporter: Who wants to know how far it is.
+
+        Raises:
+            UserError: The table can't be used, or brings nothing new; nothing was changed.
+            StoreError: The store is busy or damaged, or a shard could not be trained; what was added stays added.
+        """
+        from sisa.store.grow import add
+
+        execution = _execution(executor, address, workers)
+        return add(self, str(source), defer=defer, execution=execution, reporter=reporter or Silent())
 
     def delete(
         self,
