@@ -112,6 +112,15 @@ class Layout:
         return self.root / "incoming"
 
     @property
+    def corrections(self) -> Path:
+        """Corrected rows between the acceptance of a request, after which their folder is called, and their merging."""
+        return self.root / "corrections"
+
+    def correction(self, request: str) -> Layout:
+        """Where the rows of one correction wait, in partitions as they are in a store."""
+        return Layout(self.corrections / request)
+
+    @property
     def scratch(self) -> Path:
         """Where a replay retrains; removed after it."""
         return self.root / "scratch"

@@ -30,6 +30,7 @@ PARTS = frozenset(
         "locks",
         "scratch",
         "incoming",
+        "corrections",
         "audit",
     }
 )

@@ -15,6 +15,7 @@ import click
 
 from sisa import __version__
 from sisa.cli.add import add
+from sisa.cli.correct import correct
 from sisa.cli.delete import delete
 from sisa.cli.options import print_json, spread_ids
 from sisa.cli.predict import predict
@@ -52,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (train, add, delete, repair, status, predict, verify, serve, token):
+for command in (train, add, correct, delete, repair, status, predict, verify, serve, token):
     cli.add_command(command)
 for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.

@@ -177,7 +177,7 @@ def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
             by_place[shard, number].append(subject)
     for place, subjects in sorted(by_place.items()):
         try:
-            record_ids, subject_ids = _ids_of(store, *place)
+            record_ids, subject_ids = ids_of(store, *place)
         except DamagedError as error:
             search.damage = search.damage or error
             for subject in subjects:
@@ -204,7 +204,7 @@ def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     for partition in store.ledger.partitions.all() if wanted else ():
         place = (partition.shard, partition.slice)
         try:
-            record_ids, subject_ids = _ids_of(store, *place)
+            record_ids, subject_ids = ids_of(store, *place)
         except DamagedError as error:
             search.damage = search.damage or error
             continue
@@ -212,7 +212,7 @@ def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     return search
 
 
-def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
+def ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
     """Return who is in a slice. A lost file must not look as if its people had never been there."""
     expected = store.ledger.partitions.get(shard, slice_)
     record_ids, subject_ids = present_ids(store.layout, shard, slice_)

@@ -1,4 +1,4 @@
-"""Cleaning up after an addition that was killed: its rows lie where nobody expects them.
+"""Cleaning up after an addition or a correction that was killed: its rows lie where nobody expects them.
 
 A deletion sweeps too, before it says that rows are erased, since they may be the deleted person's. If an addition
 is at work it is waited for: before it publishes it drops whoever was deleted meanwhile.
@@ -6,6 +6,7 @@ is at work it is waited for: before it publishes it drops whoever was deleted me
 
 from __future__ import annotations
 
+from sisa.files import remove
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
 from sisa.records.grow import Place, sweep_generation
@@ -34,4 +35,9 @@ def sweep_incoming(store: OpenStore, reporter: Reporter) -> None:
 def sweep_held(store: OpenStore) -> None:
     """Remove rows that never became part of the store; the caller holds the lock of what is incoming."""
     if store.layout.incoming.exists():
+        known = {request.id for request in store.ledger.requests.all()}
+        if store.layout.corrections.is_dir():
+            for folder in store.layout.corrections.iterdir():
+                if folder.name not in known:
+                    remove(folder)
         sweep_generation(store.layout, next_place(store), shards=store.shards)

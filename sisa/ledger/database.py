@@ -31,8 +31,8 @@ CREATE TABLE partitions (
     PRIMARY KEY (shard, slice)) STRICT;
 CREATE TABLE generations (number INTEGER PRIMARY KEY, created_at TEXT NOT NULL, records INTEGER NOT NULL) STRICT;
 CREATE TABLE requests (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL, updated_at TEXT NOT NULL,
-    state TEXT NOT NULL, reason TEXT NOT NULL, subjects INTEGER NOT NULL, records INTEGER NOT NULL,
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL DEFAULT 'deletion',
+    created_at TEXT NOT NULL, updated_at TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL, subjects INTEGER NOT NULL, records INTEGER NOT NULL,
     version_before INTEGER NOT NULL, version_quarantine INTEGER, version_after INTEGER,
     stages_retrained INTEGER NOT NULL DEFAULT 0, seconds_to_quarantine REAL NOT NULL DEFAULT 0,
     note TEXT NOT NULL DEFAULT '', regime TEXT NOT NULL DEFAULT '') STRICT;

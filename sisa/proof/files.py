@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sisa.checkpoints.manifest import shard_folder
 from sisa.files import TEMPORARY
+from sisa.ledger import STATES
 from sisa.opening import PARTS, OpenStore
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
@@ -53,7 +54,7 @@ def _left_behind(store: OpenStore, path: Path) -> str:
     No command that makes such things runs beside this one, deletions excepted. They may hold rows or weights.
     """
     layout, checkpoints = store.layout, store.checkpoints.root
-    if path == layout.incoming:
+    if path == layout.incoming or path.parent == layout.corrections:
         left = path.is_dir()
     elif path.parent == layout.scratch:
         left = bool(REPLAY.fullmatch(path.name)) and path.is_dir()
@@ -79,6 +80,11 @@ def _strays(store: OpenStore) -> Iterator[Path]:
     yield from _stray_locks(store)
     if os.path.lexists(layout.incoming):
         yield layout.incoming
+    if layout.corrections.is_dir():
+        waiting = {r.id for r in store.ledger.requests.open() if r.kind == "correction" and r.state == STATES[0]}
+        yield from (path for path in layout.corrections.iterdir() if path.name not in waiting)
+    elif os.path.lexists(layout.corrections):
+        yield layout.corrections
     for unused in (layout.root / "audit", layout.scratch):
         yield from unused.iterdir() if unused.is_dir() else [unused] if unused.exists() else []
     yield from store.checkpoints.strays()

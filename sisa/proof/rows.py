@@ -11,7 +11,7 @@ from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
 from sisa.proof.problems import guarded, slice_name
-from sisa.records.excluded import excluded_rows
+from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition
 from sisa.routing.keys import shard_keys
@@ -47,6 +47,10 @@ def _check_slice(store: OpenStore, shard: int, slice_: int, found: dict[int, Sli
     excluded = _excluded(store, rows)
     found[slice_] = SliceRows(len(rows.table), excluded, rows.membership)
     faults = _uncounted(expected, rows)
+    exclusions = store.ledger.requests.exclusions().keys()
+    old = superseded_rows(rows.table[RECORD], rows.content_digests_N16, exclusions, store.keys.exclusion)
+    if old.any():
+        faults.append(f"{int(old.sum())} rows that say what a correction superseded")
     if excluded:
         faults.append(f"{excluded} rows of deleted people")
     faults += _misplaced(store, shard, slice_, rows)

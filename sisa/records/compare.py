@@ -10,6 +10,7 @@ A source is compared with the whole store: a row that a generation brought is th
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ from sisa.records.partition import present_contents
 from sisa.routing.keys import shard_keys
 from sisa.routing.siphash import siphash_text
 
+Superseded = Callable[[pa.StringArray, NDArray[np.uint8]], NDArray[np.bool_]]
+"""Marks, of N record ids and what their rows say, those that a correction superseded."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -39,6 +43,8 @@ class Comparison:
     """In the store only; rows of generations aren't counted, which came from sources of their own."""
     same: int
     """In both, the same."""
+    superseded: int = 0
+    """In both, but the source says what a correction superseded: the store has the last word."""
     whole: dict[int, int] = field(default_factory=dict)
     """Generations of which the source has every row that is left of it, as it is in the store; and how many those are."""
 
@@ -54,6 +60,7 @@ def compare(
     routing_key: bytes,
     *,
     generations: int = 0,
+    superseded: Superseded | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Compare the sources with the partitions on disk.
@@ -63,6 +70,7 @@ def compare(
         layout: The store.
         routing_key: Its routing key.
         generations: How many it has.
+        superseded: Marks the rows that say what a correction superseded.
         on_progress: Told how many more records were compared.
 
     Raises:
@@ -73,7 +81,7 @@ def compare(
     seen_M = np.zeros(len(held.ids_M), np.bool_)
     same_M = np.zeros(len(held.ids_M), np.bool_)
     keys = [shard_keys(routing_key, shard) for shard in range(intake.router.shards)]
-    new = changed = same = 0
+    new = changed = same = old = 0
     for arrived in arrivals(intake):
         contents_N16 = np.empty((arrived.batch.num_rows, 16), np.uint8)
         for shard in np.unique(arrived.shard_N):
@@ -90,7 +98,12 @@ def compare(
         same_M[position_N[equal_N]] = True
         new += int((~found_N).sum())
         same += int(equal_N.sum())
-        changed += int(found_N.sum() - equal_N.sum())
+        other_N = found_N & ~equal_N
+        if superseded is not None and other_N.any():
+            old_N = other_N & superseded(arrived.batch.column(RECORD), contents_N16)
+            old += int(old_N.sum())
+            other_N &= ~old_N
+        changed += int(other_N.sum())
         if on_progress is not None:
             on_progress(arrived.read)
     missing = int((~seen_M & (held.generation_M == 0)).sum())
@@ -99,7 +112,7 @@ def compare(
         of_M = held.generation_M == generation
         if of_M.any() and same_M[of_M].all():
             whole[generation] = int(of_M.sum())
-    return Comparison(new=new, changed=changed, missing=missing, same=same, whole=whole)
+    return Comparison(new=new, changed=changed, missing=missing, same=same, superseded=old, whole=whole)
 
 
 class _Held:

@@ -238,7 +238,7 @@ def _deletion_schemas() -> JSON:
 def _request() -> JSON:
     """Fields of a deletion."""
     return {
-        "request": TEXT, "state": {"enum": list(STATES)}, "created_at": TIME, "updated_at": TIME, "reason": TEXT,
+        "request": TEXT, "kind": {"enum": ["deletion", "correction"]}, "state": {"enum": list(STATES)}, "created_at": TIME, "updated_at": TIME, "reason": TEXT,
         "regime": {"enum": list(REGIMES)}, "due_at": MAYBE_TIME, "subjects": INTEGER, "records": INTEGER,
         "shards": _list(INTEGER), "slices": _list(INTEGER), "stages_retrained": INTEGER, "version_before": INTEGER,
         "version_quarantine": MAYBE_INTEGER, "version_after": MAYBE_INTEGER,

@@ -31,7 +31,7 @@ from sisa.records.partition import present_ids
 from sisa.records.scan import ScanReport
 from sisa.records.write import PartitionCount
 from sisa.store.footing import require_same
-from sisa.store.launch import check_rows, excluder, raise_first
+from sisa.store.launch import check_rows, excluder, raise_first, superseder
 from sisa.store.results import Addition
 from sisa.store.store import Store
 from sisa.training.footing import footing_here
@@ -113,6 +113,7 @@ def _examined(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> tuple[Sc
             routing_key=opened.keys.routing,
             generations=opened.generations,
             excluded=excluder(opened),
+            superseded=superseder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -132,15 +133,16 @@ def _already(source: str, found: ScanReport, against: Comparison) -> int:
             f"{source!r} has no row to add{left_out}; nothing was changed",
             hint="Who was deleted, or whose row was, can't be added again.",
         )
-    if against.clean:
+    if against.clean and not against.superseded:
         for generation, rows in against.whole.items():
             if rows == against.same:
                 return generation
-    there = against.same + against.changed
+    changed = against.changed + against.superseded
+    there = against.same + changed
     if there:
         raise UserError(
             f"{source!r}: {there} of {found.records} rows have a record id that is in the store already "
-            f"({against.same} with the same content, {against.changed} with another){left_out}; nothing was changed",
+            f"({against.same} with the same content, {changed} with another){left_out}; nothing was changed",
             hint="Add only rows that are new; the content of rows that are there is changed by `sisa correct`.",
         )
     return 0

@@ -27,7 +27,8 @@ from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
-from sisa.records.excluded import excluded_rows
+from sisa.records.compare import Superseded
+from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
@@ -144,6 +145,16 @@ def excluder(opened: OpenStore) -> Excluded:
     return excluded
 
 
+def superseder(opened: OpenStore) -> Superseded:
+    """Mark rows that say what a correction superseded."""
+
+    def superseded(records: pa.StringArray, contents_N16: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        exclusions = opened.ledger.requests.exclusions().keys()
+        return superseded_rows(records, contents_N16, exclusions, opened.keys.exclusion)
+
+    return superseded
+
+
 def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
     reporter.begin("checking the source", ingest.rows(resolved))
     try:
@@ -206,6 +217,7 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
             routing_key=opened.keys.routing,
             generations=opened.generations,
             excluded=excluder(opened),
+            superseded=superseder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -214,8 +226,12 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "
             "training neither adds nor corrects; nothing was changed",
-            hint="Put the new ones into a table of their own, for `sisa add`; "
+            hint="Put the new ones into a table of their own, for `sisa add`, changed ones for `sisa correct`; "
             "or train from the source as it was, or into another store.",
+        )
+    if found.superseded:
+        reporter.note(
+            f"{found.superseded} records of the source say what a correction superseded; the store keeps what it has"
         )
     if found.missing:
         reporter.note(

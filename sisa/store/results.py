@@ -68,6 +68,30 @@ class Addition(_Answer):
 
 
 @dataclass(frozen=True)
+class Correction(_Answer):
+    """What ``correct`` did. ``request`` is empty if every row says already what the table says."""
+
+    request: str
+    state: str
+    records: int
+    """Rows that were changed."""
+    subjects: int
+    unchanged: int
+    """Rows of the table that say what the store has."""
+    shards: list[int]
+    stages_retrained: int
+    version_before: int
+    version_quarantine: int | None
+    version_after: int | None
+    seconds_to_quarantine: float
+    seconds: float
+    repeated: bool = False
+    """Nothing differed any more, but an earlier correction was not finished: it was gone on with."""
+    note: str = ""
+    """Why the repair has to wait, if it has to."""
+
+
+@dataclass(frozen=True)
 class Deletion(_Answer):
     """What ``delete`` did. Numbers are those of ``request``, which is empty if no id was known."""
 

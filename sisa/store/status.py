@@ -58,6 +58,7 @@ def request_json(request: Request) -> dict[str, Any]:
     """Return a request as plain data."""
     return {
         "request": request.id,
+        "kind": request.kind,
         "state": request.state,
         "created_at": request.created_at,
         "updated_at": request.updated_at,
