@@ -139,4 +139,5 @@ def exclusion_faults(store: OpenStore, events: Sequence[Noted]) -> list[str]:
 
 def _counts(excluded: object) -> str:
     known = excluded if isinstance(excluded, dict) else {}
-    return ", ".join(f"{known.get(kind, '?')} {kind}s" for kind in KINDS)
+    contents = f" and {known['content']} superseded contents" if known.get("content") else ""
+    return f"{known.get('record', '?')} records and {known.get('subject', '?')} subjects{contents}"
