@@ -8,7 +8,37 @@ from pathlib import Path
 from sisa.errors import UserError
 
 HOLDOUT_SLICE = 0
-"""Slice number under which the ledger and the records keep holdout rows; trained slices are 1..R."""
+"""Slice number under which the ledger and the records keep holdout rows; trained slices are 1..R.
+
+Generation g, which `sisa add` brought, is slice R+g of each shard, and its held-out rows are slice -g.
+"""
+
+
+def is_held_out(slice_: int) -> bool:
+    """Say whether a slice's rows are held out: those of the first ingest (0), or of a generation (below 0)."""
+    return slice_ <= HOLDOUT_SLICE
+
+
+def held_out_of(generation: int) -> int:
+    """Return the slice number of the held-out rows of a generation; 0 is the first ingest.
+
+    >>> held_out_of(0), held_out_of(2)
+    (0, -2)
+    """
+    return HOLDOUT_SLICE - generation
+
+
+def all_slices(*, slices: int, generations: int) -> range:
+    """Return the numbers of all slices of a shard, held-out ones included, in ascending order.
+
+    >>> list(all_slices(slices=3, generations=1))
+    [-1, 0, 1, 2, 3]
+
+    Args:
+        slices: Trained slices, those of generations included.
+        generations: How many generations were added.
+    """
+    return range(held_out_of(generations), slices + 1)
 
 
 @dataclass(frozen=True)
@@ -77,12 +107,28 @@ class Layout:
         return self.root / "locks"
 
     @property
+    def incoming(self) -> Path:
+        """There while rows are being added or corrected; whoever finds it and nobody at work cleans up."""
+        return self.root / "incoming"
+
+    @property
+    def corrections(self) -> Path:
+        """Corrected rows between the acceptance of a request, after which their folder is called, and their merging."""
+        return self.root / "corrections"
+
+    def correction(self, request: str) -> Layout:
+        """Where the rows of one correction wait, in partitions as they are in a store."""
+        return Layout(self.corrections / request)
+
+    @property
     def scratch(self) -> Path:
         """Where a replay retrains; removed after it."""
         return self.root / "scratch"
 
     def partition(self, shard: int, slice_: int) -> Path:
-        """The folder with the rows of one slice; ``slice_`` 0 is this shard's part of the holdout."""
+        """The folder with the rows of one slice; 0 is this shard's part of the holdout, -g what generation g added."""
+        if slice_ < HOLDOUT_SLICE:
+            return self.records / "holdout" / f"generation={-slice_:02d}" / f"shard={shard:04d}"
         if slice_ == HOLDOUT_SLICE:
             return self.records / "holdout" / f"shard={shard:04d}"
         return self.records / f"shard={shard:04d}" / f"slice={slice_:02d}"

@@ -16,14 +16,26 @@ from sisa.checkpoints import CheckpointStore
 from sisa.coordination import Coordination, Lock, coordination_at
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import make_folder, remove, sweep_temporary, write_durably
-from sisa.layout import Layout
+from sisa.layout import Layout, all_slices
 from sisa.ledger import REVISION, STATES, Ledger, Place, PostgresPlace, place_of
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
 
 PARTS = frozenset(
-    {"recipe.yaml", "ledger.db", "ledger.db-journal", "records", "checkpoints", "keys", "locks", "scratch", "audit"}
+    {
+        "recipe.yaml",
+        "ledger.db",
+        "ledger.db-journal",
+        "records",
+        "checkpoints",
+        "keys",
+        "locks",
+        "scratch",
+        "incoming",
+        "corrections",
+        "audit",
+    }
 )
 """What may lie directly in a store."""
 
@@ -66,8 +78,19 @@ class OpenStore:
 
     @property
     def slices(self) -> int:
-        """Number of slices of each shard."""
-        return self.recipe.sisa.slices
+        """Number of slices of each shard now: the recipe's R, and one for each generation that was added."""
+        return self.recipe.sisa.slices + self.generations
+
+    @property
+    def generations(self) -> int:
+        """How many generations were added; read from the ledger, and constant only under the operation lock."""
+        return self.ledger.generations.count()
+
+    @property
+    def all_slices(self) -> range:
+        """Numbers of all slices of a shard, those of held-out rows (0 and below) included."""
+        generations = self.generations
+        return all_slices(slices=self.recipe.sisa.slices + generations, generations=generations)
 
     @property
     def classes(self) -> list[bool | int | str]:
@@ -77,6 +100,10 @@ class OpenStore:
     def operation_lock(self) -> Lock:
         """The lock of whatever trains, repairs or verifies: one at a time, deletions excepted."""
         return self.coordination.lock("operation")
+
+    def incoming_lock(self) -> Lock:
+        """The lock of whoever is writing rows that the ledger doesn't expect yet."""
+        return self.coordination.lock("incoming")
 
     def ingest_lock(self) -> Lock:
         """The lock of the moment in which records enter."""

@@ -61,6 +61,21 @@ def people(count: int, *, seed: int = 0) -> pa.Table:
     )
 
 
+def more_people(count: int, *, generation: int) -> pa.Table:
+    """New rows, one for each person: half of them were there, some come with every generation."""
+    rng = np.random.default_rng(100 + generation)
+    labels = rng.integers(0, 2, count)
+    return pa.table(
+        {
+            "record": [f"g{generation}{i:02d}" for i in range(count)],
+            "person": [f"p{i:02d}" if i % 2 else f"n{i + generation:02d}" for i in range(count)],
+            "x": rng.normal(size=count) + labels,
+            "z": rng.normal(size=count),
+            "label": [["no", "yes"][i] for i in labels],
+        }
+    )
+
+
 def make_recipe(
     folder: Path, table: pa.Table, *, shards: int = 2, slices: int = 2, holdout: float = 0.15, **training: Any
 ) -> dict[str, Any]:

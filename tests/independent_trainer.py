@@ -68,10 +68,16 @@ def encoded(rows, how):
     return torch.tensor(np.concatenate(parts, axis=1))
 
 
-def train_shard(path, recipe, key, shard, *, build, gamma=1.0):
-    """Yield weights and buffers after each stage. ``build(width)`` makes the module and its optimiser."""
+def train_shard(path, recipe, key, shard, *, build, gamma=1.0, added=()):
+    """Yield weights and buffers after each stage. ``build(width)`` makes the module and its optimiser.
+
+    Each table of ``added`` is a generation: all that it has for the shard is one slice after the others.
+    """
     data, training, order_key = recipe["data"], recipe["training"], derived(key, "order", shard)[:16]
+    whole = {**recipe, "sisa": {**recipe["sisa"], "slices": 1}}
     parts, model, done = slices_of(path, recipe, key, shard), None, 0
+    first = len(parts)
+    parts += [part for table in added for part in slices_of(table, whole, key, shard)]
     for stage in range(1, len(parts) + 1):
         rows = [row for part in parts[:stage] for row in part]
         if not rows:
@@ -83,7 +89,7 @@ def train_shard(path, recipe, key, shard, *, build, gamma=1.0):
             model, optimizer = build(encoded(rows, how).shape[1])
         X, y = encoded(rows, how), torch.tensor([data["classes"].index(row[data["label"]]) for row in rows])
         uids = [sip(order_key, str(row[data["record_id"]]).encode()) for row in rows]
-        ends = [2 * training["epochs"] * s // (len(parts) + 1) for s in (stage - 1, stage)]
+        ends = [2 * training["epochs"] * s // (first + 1) for s in (stage - 1, stage)]
         for epoch in range(ends[1] - ends[0]):
             optimizer.param_groups[0]["lr"] = training["optimizer"]["lr"] * gamma**done
             torch.manual_seed(seed("sisa-epoch", training["seed"], shard, stage, epoch))

@@ -235,7 +235,7 @@ class FakeStore:
         open_ = [r for r in self.requests if r["state"] != "repaired"]
         words = "repair due" if open_ else "ready"
         return {
-            "store": "digits", "version": self.version, "state": words, "shards": self.shards, "slices": self.slices,
+            "store": "digits", "version": self.version, "state": words, "shards": self.shards, "slices": self.slices, "generations": 0,
             "records": 1432, "subjects": 1432, "holdout_records": 365, "classes": [str(n) for n in range(10)],
             "aggregation": "mean", "aggregation_in_use": "mean", "stages": [self._stage(c, s) for c in range(self.shards) for s in range(1, self.slices + 1)],
             "versions": self.versions[-200:], "requests": [_shown(r) for r in self.requests[-200:]],

@@ -17,10 +17,12 @@ from cli_kit import ROOT, Cli, command, one_object, prepare, process, surroundin
 from sisa.cli import main
 from sisa.cli.options import spread_ids
 
-VERBS = ["train", "delete", "repair", "status", "predict", "verify", "submit", "migrate"]
+VERBS = ["train", "add", "correct", "delete", "repair", "status", "predict", "verify", "submit", "migrate"]
 HEAVY = ["torch", "ray", "numpy", "pyarrow", "zarr", "pydantic", "sqlite3", "sqlalchemy", "alembic", "psycopg"]
 OPTIONS = {
     "train": ["CONFIG.yaml", "--store", "--set", "--executor", "--address", "--workers", "--json"],
+    "add": ["--store", "--source", "--defer", "--executor", "--address", "--workers", "--json"],
+    "correct": ["--store", "--source", "--reason", "--defer", "--executor", "--address", "--workers", "--json"],
     "delete": [
         "--store", "--subject", "--record", "--from", "--reason", "--defer", "--ignore-missing", "--no-ids", "--executor",
         "--address", "--workers", "--json",
@@ -48,7 +50,7 @@ def examples(text):
     return [line.strip() for line in text.splitlines() if line.startswith("    sisa ")]
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["delete"], ["verify"], ["status"]])
+@pytest.mark.parametrize("words", [[], ["train"], ["add"], ["correct"], ["delete"], ["verify"], ["status"]])
 def test_help_imports_nothing_heavy(words):
     code = f"import sys; from sisa.cli.main import run; c = run({[*words, '--help']}); "
     code += f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr); sys.exit(c)"

@@ -260,7 +260,8 @@ def test_new_and_changed_rows_are_refused_with_their_counts(cli):
     before = content(cli.folder / "store")
     failure = cli.refused("train", "recipe.yaml")
     assert "2 new and 3 changed records" in failure.message
-    assert "not supported yet; nothing was changed" in failure.message
+    assert "training neither adds nor corrects; nothing was changed" in failure.message
+    assert "sisa add" in failure.hint
     assert content(cli.folder / "store") == before
 
 

@@ -1,4 +1,4 @@
-"""The forgetting contract, held against a perfect in-memory model while trainings, deletions and crashes interleave.
+"""The forgetting contract, held against a perfect in-memory model while trainings, additions, deletions and crashes meet.
 
 The model is a dictionary of surviving rows. What each lineage key saw is computed by an oracle from the rows alone,
 so that a stage's name says whether it may be there. After each step the contract holds; when nothing is pending, the
@@ -19,12 +19,13 @@ from typing import Any
 import crash_kit as kit
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as papq
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sisa.errors import NoConstituentError
+from sisa.errors import NoConstituentError, UserError
 from sisa.layout import Layout
 from sisa.ledger import STATES
 from sisa.lineage import membership, stage_key
@@ -47,6 +48,7 @@ class Shape:
     optimizer: str
 
 
+GENERATIONS = 2
 SHAPES = [Shape(8, 2, 2, "sgd"), Shape(10, 2, 3, "adam"), Shape(14, 3, 2, "sgd")]
 
 
@@ -57,15 +59,18 @@ class World:
     folder: Path
     shape: Shape
     recipe: dict[str, Any] = field(init=False)
-    table: pa.Table = field(init=False)
-    known: dict[frozenset[str], dict[str, Any]] = field(default_factory=dict)
+    tables: list[pa.Table] = field(init=False)
+    """The first ingest, and what is added later, in this order."""
+    known: dict[tuple[frozenset[str], int], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.table = kit.people(self.shape.people, seed=self.shape.people)
+        self.tables = [kit.people(self.shape.people, seed=self.shape.people)]
+        for generation in range(1, GENERATIONS + 1):
+            self.tables.append(kit.more_people(self.shape.people, generation=generation))
         momentum = {"momentum": 0.9} if self.shape.optimizer == "sgd" else {}
         self.recipe = kit.make_recipe(
             self.folder,
-            self.table,
+            self.tables[0],
             shards=self.shape.shards,
             slices=self.shape.slices,
             optimizer={"name": self.shape.optimizer, "lr": 0.1, **momentum},
@@ -74,7 +79,17 @@ class World:
     @cached_property
     def owners(self) -> dict[str, str]:
         """Record -> person, for all rows there ever were."""
-        return dict(zip(self.table["record"].to_pylist(), self.table["person"].to_pylist(), strict=True))
+        return {r: p for g in range(GENERATIONS + 1) for r, p in self.brought(g).items()}
+
+    def brought(self, generation: int) -> dict[str, str]:
+        """Record -> person, for the rows of one generation."""
+        table = self.tables[generation]
+        return dict(zip(table["record"].to_pylist(), table["person"].to_pylist(), strict=True))
+
+    def source(self, generation: int) -> Path:
+        path = self.folder / f"generation-{generation}.parquet"
+        papq.write_table(self.tables[generation], path)
+        return path
 
     @cached_property
     def template(self) -> Path:
@@ -86,9 +101,11 @@ class World:
         """Names of the durable operations of a training and of a deletion."""
         names: list[str] = []
         root = self.folder / "counted"
+        source = self.source(1)
         with kit.before_durable_operations(root, names.append):
             store = kit.trained(self.recipe, root)
-            for person in sorted({*self.owners.values()})[:4]:
+            store.add(source, executor="inline")
+            for person in sorted({*self.brought(0).values()})[:4]:
                 store.delete(subjects=[person], executor="inline")
             store.close()
         return sorted(set(names))
@@ -97,14 +114,25 @@ class World:
     def places(self) -> dict[str, tuple[int, int]]:
         """(shard, slice) of each record."""
         store = kit.reopened(self.template)
-        people = kit.places(store, self.table)
+        route = store.opened.router.route_one
+        found: dict[str, tuple[int, int]] = {}
+        for generation in range(GENERATIONS + 1):
+            for record, person in self.brought(generation).items():
+                shard, slice_ = route(person)
+                if generation:
+                    slice_ = self.shape.slices + generation if slice_ else -generation
+                found[record] = (shard, slice_)
         store.close()
-        return {record: people[person] for record, person in self.owners.items()}
+        return found
 
     @cached_property
     def digests(self) -> dict[str, tuple[bytes, bytes]]:
         """Keyed digests of each record's id and content."""
-        store = kit.reopened(self.template).opened
+        root = kit.copy_store(self.template, self.folder / "grown")
+        with contextlib.closing(kit.reopened(root)) as grown:
+            for generation in range(1, GENERATIONS + 1):
+                grown.add(self.source(generation), executor="inline")
+        store = kit.reopened(root).opened
         found: dict[str, tuple[bytes, bytes]] = {}
         for shard, slice_ in set(self.places.values()):
             rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
@@ -115,14 +143,14 @@ class World:
         store.ledger.close()
         return found
 
-    def seen_by_keys(self, survivors: frozenset[str]) -> dict[str, frozenset[str]]:
+    def seen_by_keys(self, survivors: frozenset[str], generations: int) -> dict[str, frozenset[str]]:
         """The keys that these rows call for, and the records that each saw."""
         digests = self.digests
         recipe_digest, code, _ = self.footing
         keys: dict[str, frozenset[str]] = {}
         for shard in range(self.shape.shards):
             parent, seen = "", frozenset[str]()
-            for stage in range(1, self.shape.slices + 1):
+            for stage in range(1, self.shape.slices + generations + 1):
                 there = sorted(r for r in survivors if self.places[r] == (shard, stage))
                 seen |= frozenset(there)
                 columns = [
@@ -139,18 +167,24 @@ class World:
                 keys[parent] = seen
         return keys
 
-    def scratch(self, survivors: frozenset[str]) -> dict[str, Any]:
+    def scratch(self, survivors: frozenset[str], generations: int) -> dict[str, Any]:
         """What a store that was trained on these rows alone is."""
-        if survivors not in self.known:
-            keep = pa.array([record in survivors for record in self.owners], pa.bool_())
+        if (survivors, generations) not in self.known:
+            left = [
+                table.filter(pa.array([record in survivors for record in table["record"].to_pylist()], pa.bool_()))
+                for table in self.tables
+            ]
             folder = self.folder / "scratch"
-            recipe = kit.make_recipe(folder, self.table.filter(keep), shards=1, slices=1)
+            recipe = kit.make_recipe(folder, left[0], shards=1, slices=1)
             recipe = {**self.recipe, "data": {**self.recipe["data"], "source": recipe["data"]["source"]}}
             store = kit.trained(recipe, folder / "store")
-            self.known[survivors] = {**kit.end_state(store), "answers": answers(store)}
+            for generation in range(1, generations + 1):
+                papq.write_table(left[generation], folder / "added.parquet")
+                store.add(folder / "added.parquet", executor="inline")
+            self.known[survivors, generations] = {**kit.end_state(store), "answers": answers(store)}
             store.close()
             shutil.rmtree(folder)
-        return self.known[survivors]
+        return self.known[survivors, generations]
 
 
 def answers(store: Store) -> bytes:
@@ -192,6 +226,11 @@ class Contract(RuleBasedStateMachine):
         """Records that each request took away."""
         self.seen: dict[str, frozenset[str]] = {}
         """Records that each lineage key saw."""
+        self.people_gone: set[str] = set()
+        """People whose deletion was accepted, and records that were deleted alone."""
+        self.generations = 0
+        self.trained_through = 0
+        """How many generations there were when the newest training or repair ended."""
         self.built = False
         """The first training has ended."""
         self.swept = True
@@ -207,7 +246,7 @@ class Contract(RuleBasedStateMachine):
     @initialize(shape=st.sampled_from(SHAPES), trained=st.booleans())
     def begin(self, shape: Shape, trained: bool) -> None:
         self.world = WORLDS[shape]
-        self.rows = dict(self.world.owners)
+        self.rows = self.world.brought(0)
         self._expect()
         if trained:
             kit.copy_store(self.world.template, self.root)
@@ -226,6 +265,37 @@ class Contract(RuleBasedStateMachine):
             store.close()
 
         self._built(self._run(command, crash))
+
+    @precondition(lambda self: self._ingested())
+    @rule(again=st.booleans(), crash=crashes)
+    def add(self, again: bool, crash: int | None) -> None:
+        """The next generation, or the newest one again; the source may hold people who were deleted."""
+        generation = max(1, self.generations if again else min(self.generations + 1, GENERATIONS))
+        source = self.world.source(generation)
+        new = {record: person for record, person in self.world.brought(generation).items() if not self._is_gone(record)}
+
+        def command() -> None:
+            store = kit.reopened(self.root)
+            try:
+                done = store.add(source, executor="inline")
+                assert (done.generation, done.repeated) == (generation, generation <= before)
+                assert done.records + done.holdout_records == len(new)
+            except UserError:
+                assert not new
+            finally:
+                store.close()
+
+        before = self.generations
+        ended = self._run(command, crash)
+        store = kit.reopened(self.root)
+        self.generations = store.opened.generations
+        store.close()
+        assert self.generations == max(before, generation) or not ended or not new
+        if self.generations > before:
+            self.rows |= new
+        self._expect()
+        if new:
+            self._built(ended)
 
     @precondition(lambda self: self._ingested())
     @rule(data=st.data(), kind=st.sampled_from(["subjects", "records"]), defer=st.booleans(), crash=crashes)
@@ -283,11 +353,12 @@ class Contract(RuleBasedStateMachine):
                 states = {r.id: STATES.index(r.state) for r in store.opened.ledger.requests.all()}
                 assert states.keys() == self.gone.keys()
                 self._serves_clean_stages(store)
-                self._holds_the_right_rows(states)
+                self._holds_the_right_rows(store, states)
                 self._holds_no_tainted_bytes(store, states)
                 if self.built and self.swept and all(state >= PURGED for state in states.values()):
                     assert store.verify().problems == []
-                if self.built and all(state == len(STATES) - 1 for state in states.values()):
+                trained = self.built and self.trained_through == self.generations
+                if trained and all(state == len(STATES) - 1 for state in states.values()):
                     self._equals_scratch(store)
         finally:
             store.close()
@@ -308,22 +379,34 @@ class Contract(RuleBasedStateMachine):
                 assert {member.key for member in user.ensemble._loaded} == serving
         assert answers(store) == answers(self.reader)
 
-    def _holds_the_right_rows(self, states: dict[str, int]) -> None:
-        found = kit.rows_on_disk(self.root)
+    def _holds_the_right_rows(self, store: Store, states: dict[str, int]) -> None:
+        found = self._of_the_store(kit.rows_on_disk(self.root), states)
         present = [record for records in found.values() for record in records]
         assert len(present) == len(set(present))
         waiting = {record for request, records in self.gone.items() if states[request] < ERASED for record in records}
         assert self.rows.keys() <= set(present) <= self.rows.keys() | waiting
-        if not waiting:
+        if not waiting and not store.opened.layout.incoming.exists():
             assert not list((self.root / "records").rglob("tmp-*"))
         for name, records in found.items():
             for record in records:
                 shard, slice_ = self.world.places[record]
+                holdout = f"generation={-slice_:02d}/" if slice_ < 0 else ""
                 assert name.startswith(
                     f"records/shard={shard:04d}/slice={slice_:02d}/"
-                    if slice_
-                    else f"records/holdout/shard={shard:04d}/"
+                    if slice_ > 0
+                    else f"records/holdout/{holdout}shard={shard:04d}/"
                 )
+
+    def _of_the_store(self, found: dict[str, list[str]], states: dict[str, int]) -> dict[str, list[str]]:
+        """Without what a killed addition left; that holds nobody who was said to be erased since."""
+        next_ = self.generations + 1
+        left = (f"/slice={self.world.shape.slices + next_:02d}/", f"/generation={next_:02d}/")
+        strange = {
+            record for name, records in found.items() if any(part in name for part in left) for record in records
+        }
+        if all(state >= ERASED for state in states.values()):
+            assert not {record for record in strange if self._is_gone(record)}
+        return {name: records for name, records in found.items() if not any(part in name for part in left)}
 
     def _holds_no_tainted_bytes(self, store: Store, states: dict[str, int]) -> None:
         """Wherever a stage's files lie (checkpoints, scratch, temporary folders): its key says what it saw."""
@@ -336,7 +419,9 @@ class Contract(RuleBasedStateMachine):
             assert not self.seen[row.key] & (purged if row.tainted else self._deleted())
 
     def _equals_scratch(self, store: Store) -> None:
-        expected = self.world.scratch(frozenset(self.rows))
+        if any(not self.rows.keys() & self.world.brought(g).keys() for g in range(1, self.generations + 1)):
+            return  # nothing is left of a generation: an addition of nothing can't be asked for
+        expected = self.world.scratch(frozenset(self.rows), self.generations)
         found = kit.end_state(store)
         for part in ("constituents", "stages", "rows"):
             assert found[part] == expected[part], part
@@ -363,6 +448,8 @@ class Contract(RuleBasedStateMachine):
     def _built(self, ended: bool) -> None:
         self.built |= ended
         self.swept |= ended
+        if ended:
+            self.trained_through = self.generations
 
     def _ingested(self) -> bool:
         if self.world is None or not is_store(Layout(self.root)):
@@ -389,16 +476,22 @@ class Contract(RuleBasedStateMachine):
             assert bool(excluded) == bool(fresh)
         for request in fresh:
             self.gone[request] = records
+            self.people_gone |= set(ids)
             for record in records:
                 del self.rows[record]
         self._expect()
 
     def _expect(self) -> None:
         """Remember what the keys that may be trained from now on see."""
-        self.seen |= self.world.seen_by_keys(frozenset(self.rows))
+        self.seen |= self.world.seen_by_keys(frozenset(self.rows), self.generations)
+
+    def _is_gone(self, record: str) -> bool:
+        """Whether a record must not enter, or not again."""
+        return bool(self.people_gone & {record, self.world.owners[record]})
 
     def _deleted(self) -> set[str]:
-        return self.world.owners.keys() - self.rows.keys()
+        brought = {record for g in range(self.generations + 1) for record in self.world.brought(g)}
+        return brought - self.rows.keys()
 
 
 COMMON = {

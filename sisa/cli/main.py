@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import click
 
 from sisa import __version__
+from sisa.cli.add import add
+from sisa.cli.correct import correct
 from sisa.cli.delete import delete
 from sisa.cli.migrate import migrate
 from sisa.cli.options import print_json, spread_ids
@@ -53,7 +55,7 @@ def cli() -> None:
     """
 
 
-for command in (train, delete, repair, status, predict, verify, serve, token, submit, migrate):
+for command in (train, add, correct, delete, repair, status, predict, verify, serve, token, submit, migrate):
     cli.add_command(command)
 for shown in (cli, *cli.commands.values(), *token.commands.values()):
     # Docstrings are raw, so click's mark for lines that must not be wrapped arrives as two characters.

@@ -48,6 +48,17 @@ def _print_request(request: dict[str, Any]) -> None:
         click.echo(f"{name.replace('_', ' '):>20}  {value if value not in (None, '', []) else '-'}")
 
 
+def _stages(serving: int, slices: int, *, generations: int) -> str:
+    """Draw a chain: a mark for each stage, those that served rows saw as ``#``; generations come after a ``+``.
+
+    >>> _stages(3, 5, generations=2), _stages(2, 2, generations=0)
+    ('###+..', '##')
+    """
+    marks = "".join("#" if stage <= serving else "." for stage in range(1, slices + 1))
+    first = slices - generations
+    return f"{marks[:first]}+{marks[first:]}" if generations else marks
+
+
 def _print_store(answer: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -63,7 +74,7 @@ def _print_store(answer: dict[str, Any]) -> None:
     for heading in ("shard", "stages", "serving", "records", "key", "state digest"):
         table.add_column(heading)
     for member in answer["constituents"]:
-        stages = "".join("#" if s <= member["stage"] else "." for s in range(1, answer["slices"] + 1))
+        stages = _stages(member["stage"], answer["slices"], generations=answer["generations"])
         if member["stage"] == 0:
             serving = "out of service" if member["quarantined"] else "absent"
         else:

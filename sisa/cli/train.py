@@ -9,7 +9,7 @@ import click
 
 from sisa.cli.options import execution_options, json_option, print_json
 from sisa.cli.reporting import reporter
-from sisa.cli.wording import counted
+from sisa.cli.wording import counted, metrics_lines
 
 
 @click.command()
@@ -67,9 +67,5 @@ def train(
         f"{counted(done.subjects, 'subject')} "
         f"in {done.shards} shards x {done.slices} slices, {done.holdout_records:,} held out"
     )
-    if done.metrics is not None:
-        m = done.metrics
-        click.echo(
-            f"accuracy {m.accuracy:.4f}, log loss {m.log_loss:.4f} on {counted(m.records, 'held-out record')} "
-            f"({counted(m.voters, 'voter')})"
-        )
+    for line in metrics_lines(done.metrics):
+        click.echo(line)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sisa.deletion.confirm import await_replicas
-from sisa.errors import DamagedError, StoreError, UnknownIdsError, UserError
-from sisa.layout import HOLDOUT_SLICE
+from sisa.errors import DamagedError, StaleError, StoreError, UnknownIdsError, UserError
+from sisa.layout import HOLDOUT_SLICE, held_out_of, is_held_out
 from sisa.ledger import Kind, Request, Target
 from sisa.opening import OpenStore, key_check
 from sisa.records.partition import present_ids
@@ -90,14 +90,24 @@ def accept(
     with store.ingest_lock().held():
         if not store.ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
-    targets, missing, damage = _resolve(store, subjects, records)
-    if missing and not ignore_missing:
-        raise _unknown(missing, asked=len(set(subjects) | set(records)))
-    if not targets:
-        return None
-    acceptance = store.ledger.requests.accept(
-        targets, reason=reason, regime=regime, key_check=key_check(store.keys.exclusion)
-    )
+    while True:
+        generations = store.generations
+        targets, missing, damage = _resolve(store, subjects, records)
+        if missing and not ignore_missing:
+            raise _unknown(missing, asked=len(set(subjects) | set(records)))
+        if not targets:
+            return None
+        try:
+            acceptance = store.ledger.requests.accept(
+                targets,
+                reason=reason,
+                regime=regime,
+                key_check=key_check(store.keys.exclusion),
+                generations=generations,
+            )
+        except StaleError:  # rows came in that may be theirs: look again
+            continue
+        break
     quarantines = [r.version_quarantine or 0 for r in (acceptance.request, *acceptance.earlier)]
     await_replicas(store, max(quarantines))
     if not acceptance.repeated:
@@ -176,19 +186,19 @@ def _digests(store: OpenStore, kind: Kind, ids: Iterable[str]) -> dict[str, byte
 
 
 def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
-    """Look each subject up where the router says it is, and in the holdout; who can't be looked up may be there."""
+    """Look each subject up where the key says it is, in every generation too; who can't be looked up may be there."""
     search = _Search()
     if not wanted:
         return search
     routes = store.router.route(pa.array(wanted, pa.string()))
+    generations = store.generations
     by_place: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
     for subject, shard, slice_ in zip(wanted, routes.shard_N.tolist(), routes.slice_N.tolist(), strict=True):
-        by_place[shard, slice_].append(subject)
-        if slice_ != HOLDOUT_SLICE and store.recipe.data.holdout.source is not None:
-            by_place[shard, HOLDOUT_SLICE].append(subject)
+        for number in _slices_of_subject(store, slice_, generations=generations):
+            by_place[shard, number].append(subject)
     for place, subjects in sorted(by_place.items()):
         try:
-            record_ids, subject_ids = _ids_of(store, *place)
+            record_ids, subject_ids = ids_of(store, *place)
         except DamagedError as error:
             search.damage = search.damage or error
             for subject in subjects:
@@ -200,13 +210,22 @@ def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
     return search
 
 
+def _slices_of_subject(store: OpenStore, slice_: int, *, generations: int) -> list[int]:
+    """Return every slice of its shard in which a subject that the key places in ``slice_`` may have rows."""
+    if slice_ == HOLDOUT_SLICE:
+        return [held_out_of(generation) for generation in range(generations + 1)]
+    second = [HOLDOUT_SLICE] if store.recipe.data.holdout.source is not None else []
+    first = store.recipe.sisa.slices
+    return [*second, slice_, *range(first + 1, first + generations + 1)]
+
+
 def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     """Look records up everywhere: only their owner's id would say where they are."""
     search = _Search()
     for partition in store.ledger.partitions.all() if wanted else ():
         place = (partition.shard, partition.slice)
         try:
-            record_ids, subject_ids = _ids_of(store, *place)
+            record_ids, subject_ids = ids_of(store, *place)
         except DamagedError as error:
             search.damage = search.damage or error
             continue
@@ -214,13 +233,13 @@ def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     return search
 
 
-def _ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
+def ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
     """Return who is in a slice. A lost file must not look as if its people had never been there."""
     expected = store.ledger.partitions.get(shard, slice_)
     record_ids, subject_ids = present_ids(store.layout, shard, slice_)
     lost = len(record_ids) not in {expected.records, expected.next_records}
     if lost and store.ledger.partitions.get(shard, slice_) == expected:  # else a deletion came in between
-        where = f"holdout of shard {shard}" if slice_ == HOLDOUT_SLICE else f"slice {slice_} of shard {shard}"
+        where = f"holdout of shard {shard}" if is_held_out(slice_) else f"slice {slice_} of shard {shard}"
         raise DamagedError(
             f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects",
             hint="Restore the file from a copy, then run `sisa repair`; `sisa verify` lists what is wrong.",

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sisa.coordination import Held
+from sisa.deletion.incoming import sweep_incoming
 from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, settle_all
 from sisa.errors import DamagedError, LostLockError, SisaError
 from sisa.execution.build import Build, Plan, build
@@ -65,6 +66,7 @@ def bring_up(
         held: The operation lock; nothing is published once it is lost.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
+    sweep_incoming(store, reporter)
     result = Repair(version=store.ledger.versions.live_number())
     if shards is None and not result.version:
         return result
@@ -201,4 +203,4 @@ def _whole(store: OpenStore, footing: Footing, shards: Iterable[int]) -> bool:
 
 
 def _title(cause: str) -> str:
-    return {"train": "training", "repair": "retraining", "upgrade": "rebuilding"}.get(cause, cause)
+    return {"train": "training", "add": "training", "repair": "retraining", "upgrade": "rebuilding"}.get(cause, cause)

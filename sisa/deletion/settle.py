@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
 from sisa.coordination import Held
+from sisa.deletion.incoming import sweep_incoming
+from sisa.deletion.merge import remove_correction, remove_merged, unwanted, with_corrections
 from sisa.errors import DamagedError, SisaError
 from sisa.files import remove, sweep_temporary
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
@@ -68,10 +70,12 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
             erase_partition(store, shard, slice_)
         except DamagedError as error:
             damaged.setdefault(shard, error)
+    sweep_incoming(store, reporter)
     if not damaged:
+        remove_correction(store, request)
         store.ledger.requests.advance(request.id, "rows_erased")
     for shard in request.shards:
-        first = min(slice_ for k, slice_ in request.places if k == shard and slice_ != HOLDOUT_SLICE)
+        first = min(slice_ for k, slice_ in request.places if k == shard and not is_held_out(slice_))
         purge_shard(store, shard, first_stage=first, reporter=reporter, request=request)
     remove_replays(store)  # they have seen the same rows
     store.ledger.shed()
@@ -88,7 +92,7 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
 
 
 def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
-    """Rewrite one slice without the rows of excluded people; nothing happens if it is clean."""
+    """Rewrite one slice without excluded rows, and with corrected ones; nothing happens if it is clean."""
     folder = store.layout.partition(shard, slice_)
     with store.coordination.rows(shard).held() as lock:
         if folder.exists():
@@ -97,6 +101,8 @@ def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
             _erase_once(store, expected, lock)
+        lock.check()
+        remove_merged(store, shard, slice_)
 
 
 def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
@@ -109,7 +115,9 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
         # after the next preparation would leave rows on disk that the ledger expects no more.
         store.ledger.partitions.adopt_prepared(shard, slice_)
-    keep_N, left = _survivors(store, rows)
+    on_disk = rows.membership
+    rows, keep_N = with_corrections(store, shard, slice_, rows, _survivors(store, rows)[0])
+    left = membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N])
     store.ledger.partitions.prepare_erasure(
         shard,
         slice_,
@@ -117,7 +125,7 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         subjects=len(rows.table[SUBJECT].filter(pa.array(keep_N)).unique()),
         membership=left,
     )
-    if not keep_N.all():
+    if left != on_disk:
         lock.check()
         rewrite_partition(store.layout, shard, slice_, keep_N, rows)
     lock.check()  # else whoever holds it by now may have erased more, and this file is older than the ledger says
@@ -172,7 +180,7 @@ def _is_older(store: OpenStore, rows: PartitionRows, expected: Partition) -> boo
 def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_], str]:
     """Tell which of N rows nobody asked to delete, and the membership of those."""
     exclusions = store.ledger.requests.exclusions().keys()
-    keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], exclusions, store.keys.exclusion)
+    keep_N = ~unwanted(store, rows, exclusions)
     return keep_N, membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N])
 
 

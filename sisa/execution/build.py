@@ -15,7 +15,7 @@ from sisa.errors import DamagedError, SisaError
 from sisa.execution.collect import Build, Collector
 from sisa.execution.inline import run_inline
 from sisa.execution.options import Execution
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
 from sisa.planning.cost import stage_record_epochs
@@ -79,11 +79,11 @@ def build(store: OpenStore, plan: Plan, *, execution: Execution, reporter: Repor
 
 
 def _trained_slices(store: OpenStore, shards: Sequence[int]) -> tuple[dict[int, list[Partition]], dict[int, SisaError]]:
-    """Return slices 1..R of each shard; and, of shards for which the ledger lists others, what is wrong."""
+    """Return slices 1..R of each shard, those of generations included; and, of shards for which the ledger lists others, what is wrong."""
     partitions: dict[int, list[Partition]] = {}
     failures: dict[int, SisaError] = {}
     for shard in shards:
-        slices = [p for p in store.ledger.partitions.all(shard) if p.slice != HOLDOUT_SLICE]
+        slices = [p for p in store.ledger.partitions.all(shard) if not is_held_out(p.slice)]
         if [p.slice for p in slices] == list(range(1, store.slices + 1)):
             partitions[shard] = slices
         else:
@@ -121,5 +121,7 @@ def _costs_left(store: OpenStore, plan: Plan, task: ChainTask) -> dict[int, int]
     rows = store.ledger.stages.all(task.shard) if plan.enter else []
     there = {r.stage for r in rows if not r.tainted and (r.code, r.platform) == (plan.code, plan.platform)}
     first = next((s for s in range(1, store.slices + 1) if s not in there), store.slices + 1)
-    budget = epoch_budget(epochs=store.recipe.training.epochs, slices=store.slices)
+    budget = epoch_budget(
+        epochs=store.recipe.training.epochs, slices=store.recipe.sisa.slices, generations=store.generations
+    )
     return {stage: cost for stage, cost in stage_record_epochs(task.records, budget).items() if stage >= first}

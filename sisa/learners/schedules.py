@@ -2,7 +2,8 @@
 
 The position in a schedule is a number of epochs of this chain, kept in the state: it depends on no other shard and on
 no later slice. The built-in schedules are closed formulas of it; ``cosine`` ends with the epochs that the recipe
-gives a chain. Classes of ``torch.optim.lr_scheduler`` are stepped once per epoch.
+gives a chain, and starts again for the stage of each generation that is added later: a rate that had fallen to nothing
+would leave the new rows unlearned. Classes of ``torch.optim.lr_scheduler`` are stepped once per epoch.
 """
 
 from __future__ import annotations
@@ -51,19 +52,43 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer) -> Schedule:
     spec = recipe.training.schedule
     if spec is not None and spec.name.startswith("torch."):
         return TorchSchedule(spec, cast("TorchOptimizer", optimizer))
-    total = sum(epoch_budget(epochs=recipe.training.epochs, slices=recipe.sisa.slices))
-    return ClosedSchedule(spec, optimizer, base=recipe.training.optimizer.lr, total_epochs=total)
+    return ClosedSchedule(
+        spec,
+        optimizer,
+        base=recipe.training.optimizer.lr,
+        epochs=recipe.training.epochs,
+        slices=recipe.sisa.slices,
+    )
+
+
+def annealing(epoch: int, *, epochs: int, slices: int) -> tuple[int, int]:
+    """Return how many epochs of the current descent are behind, and how many it has.
+
+    The stages of the recipe's slices share one descent; the stage of each generation has one of its own.
+
+    >>> [annealing(e, epochs=4, slices=3) for e in (0, 5, 6, 7, 8)]
+    [(0, 6), (5, 6), (0, 2), (1, 2), (0, 2)]
+    """
+    start, end, generations = 0, sum(epoch_budget(epochs=epochs, slices=slices)), 0
+    while epoch >= end:
+        generations += 1
+        budget = epoch_budget(epochs=epochs, slices=slices, generations=generations)
+        start, end = end, end + budget[-1]
+    return epoch - start, end - start
 
 
 class ClosedSchedule:
     """A learning rate that is a formula of the number of epochs behind."""
 
-    def __init__(self, spec: ScheduleSpec | None, optimizer: Optimizer, *, base: float, total_epochs: int) -> None:
+    def __init__(
+        self, spec: ScheduleSpec | None, optimizer: Optimizer, *, base: float, epochs: int, slices: int
+    ) -> None:
         arguments = spec.arguments if spec is not None else {}
         self._name = spec.name if spec is not None else None
         self._optimizer = optimizer
         self._base = base
-        self._total_epochs = total_epochs
+        self._epochs = epochs
+        self._slices = slices
         self._gamma = _number(arguments, "gamma", None if self._name == "exponential" else DEFAULT_STEP_GAMMA)
         self._step_size = _number(arguments, "step_size", None if self._name == "step" else 1)
         self._eta_min = _number(arguments, "eta_min", 0.0)
@@ -78,7 +103,8 @@ class ClosedSchedule:
         if self._name == "exponential":
             return self._base * self._gamma**epoch
         if self._name == "cosine":
-            share = (1 + math.cos(math.pi * epoch / self._total_epochs)) / 2
+            position, length = annealing(epoch, epochs=self._epochs, slices=self._slices)
+            share = (1 + math.cos(math.pi * position / length)) / 2
             return self._eta_min + (self._base - self._eta_min) * share
         return self._base
 

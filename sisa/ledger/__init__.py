@@ -1,5 +1,6 @@
 """The store's memory of what happened: requests, exclusions, partitions, stages, versions, events."""
 
+from sisa.ledger.generations import Generation
 from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
 from sisa.ledger.place import Place, PostgresPlace, place_of
@@ -17,6 +18,7 @@ __all__ = [
     "STATES",
     "WAITED",
     "Acceptance",
+    "Generation",
     "Kind",
     "Ledger",
     "Member",

@@ -131,6 +131,11 @@ class Database(ABC):
             )
         return int(row[0])
 
+    def newest_request(self) -> int:
+        """Return the number of the newest request; 0 before the first."""
+        row = self.row("SELECT coalesce(max(number), 0) AS number FROM requests")
+        return int(row["number"]) if row is not None else 0
+
     def note(self, kind: str, **detail: object) -> None:
         """Write one line of history: numbers, states and places, never an id or a digest of a record."""
         with self.transaction():

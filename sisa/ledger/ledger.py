@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from sisa.ledger.database import Database
+from sisa.ledger.generations import Generations
 from sisa.ledger.partitions import Partitions
 from sisa.ledger.place import Place
 from sisa.ledger.replicas import Replicas
@@ -23,6 +24,7 @@ class Ledger:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.partitions = Partitions(database)
+        self.generations = Generations(database)
         self.stages = Stages(database, self.partitions)
         self.versions = Versions(database, self.stages)
         self.requests = Requests(database, self.versions)

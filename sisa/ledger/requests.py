@@ -12,20 +12,22 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sisa.errors import StoreError, UserError
-from sisa.layout import HOLDOUT_SLICE
+from sisa.errors import StaleError, StoreError, UserError
+from sisa.layout import is_held_out
 from sisa.ledger.database import Database, Row, now
+from sisa.ledger.generations import Generations
 from sisa.ledger.versions import Versions
 
 STATES = ("accepted", "rows_erased", "stages_purged", "repairing", "repaired")
 """The order in which a request moves; it never moves back."""
 
-Kind = Literal["subject", "record"]
+Kind = Literal["subject", "record", "content"]
+"""What an exclusion is about: a person, a row, or what a row said before it was corrected."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One id that somebody asked to delete, as its keyed digest, and the slices that hold its rows."""
+    """One id that somebody asked to delete (or one superseded content), as its keyed digest, and where its rows are."""
 
     kind: Kind
     digest: bytes
@@ -41,9 +43,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Request:
-    """One deletion request."""
+    """One request: a deletion, or a correction."""
 
     id: str
+    kind: str
+    """``deletion`` or ``correction``."""
     state: str
     created_at: str
     updated_at: str
@@ -63,7 +67,7 @@ class Request:
     @property
     def shards(self) -> list[int]:
         """Shards whose constituents were affected; holdout rows affect none."""
-        return sorted({shard for shard, slice_ in self.places if slice_ != HOLDOUT_SLICE})
+        return sorted({shard for shard, slice_ in self.places if not is_held_out(slice_)})
 
     @property
     def open(self) -> bool:
@@ -100,7 +104,13 @@ class Requests:
         self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
 
     def accept(
-        self, targets: Sequence[Target], *, reason: str, regime: str = "", key_check: str | None = None
+        self,
+        targets: Sequence[Target],
+        *,
+        reason: str,
+        regime: str = "",
+        key_check: str | None = None,
+        generations: int | None = None,
     ) -> Acceptance:
         """Accept a deletion: durable exclusions, tainted stages and the quarantine version, or nothing.
 
@@ -109,8 +119,10 @@ class Requests:
         Raises:
             UserError: There is nothing to delete.
             StoreError: The digests of ``targets`` were made with an exclusion key that was replaced meanwhile.
+            StaleError: The ``generations`` in which the targets were looked up are not all any more.
         """
         with self._db.transaction():
+            self._check_generations(generations)
             if key_check is not None and not self._is_key(key_check):
                 raise StoreError(
                     "the exclusion key was replaced while ids were looked up", hint="Run the command again."
@@ -126,6 +138,45 @@ class Requests:
             self._insert(identifier, list(new.values()), reason=reason)
             self._db.rows("UPDATE requests SET regime = ? WHERE id = ?", (regime, identifier))
             return Acceptance(self.get(identifier), repeated=False, earlier=self._in_order(set(before.values())))
+
+    def accept_correction(
+        self,
+        identifier: str,
+        targets: Sequence[Target],
+        *,
+        reason: str,
+        key_check: str,
+        newest_request: int,
+        generations: int,
+    ) -> Request:
+        """Accept a correction: what the rows said is excluded, what saw it is out of service; or nothing.
+
+        Args:
+            identifier: Names the request, and the folder in which the new rows wait.
+            targets: One for each row, of the kind ``content``.
+            reason: For the record.
+            key_check: Of the exclusion key with which the targets were made.
+            newest_request: Number of the newest request when the rows were looked up.
+            generations: How many there were.
+
+        Raises:
+            StaleError: The store is not as it was when the rows were looked up.
+        """
+        with self._db.transaction():
+            self._check_generations(generations)
+            if not self._is_key(key_check) or self._db.newest_request() != newest_request:
+                raise StaleError("another request came while rows were looked up", hint="Run the command again.")
+            self._insert(identifier, targets, reason=reason, kind="correction")
+            return self.get(identifier)
+
+    def merging(self, shard: int, slice_: int) -> list[Request]:
+        """Return the corrections that were accepted for a slice and may not be merged yet, oldest first."""
+        rows = self._db.rows(
+            "SELECT * FROM requests WHERE kind = 'correction' AND state = ? AND id IN"
+            " (SELECT request FROM request_partitions WHERE shard = ? AND slice = ?) ORDER BY number",
+            (STATES[0], shard, slice_),
+        )
+        return [self._request(row) for row in rows]
 
     def claim(self, key: bytes, body: bytes) -> bool:
         """Bind a submission's key to its body, both as digests; say whether it isn't bound to another one."""
@@ -143,42 +194,59 @@ class Requests:
         row = self._db.row("SELECT value FROM facts WHERE name = 'exclusion_key'")
         return row is not None and row["value"] == key_check
 
+    def _check_generations(self, known: int | None) -> None:
+        """Who was looked up before a generation came may have rows in it."""
+        if known is not None and known != Generations(self._db).count():
+            raise StaleError("rows were added while ids were looked up", hint="Run the command again.")
+
     def _in_order(self, identifiers: Collection[str]) -> tuple[Request, ...]:
         found = (self._db.row("SELECT * FROM requests WHERE id = ?", (identifier,)) for identifier in identifiers)
         rows = sorted((row for row in found if row is not None), key=lambda row: int(row["number"]))
         return tuple(self._request(row) for row in rows)
 
-    def _insert(self, identifier: str, targets: Sequence[Target], *, reason: str) -> None:
+    def _insert(self, identifier: str, targets: Sequence[Target], *, reason: str, kind: str = "deletion") -> None:
         places = sorted({place for target in targets for place in target.places})
         digests = {("record", digest) for target in targets for digest in target.record_digests}
-        records = len(digests)
+        records = len(digests) if kind == "deletion" else len(targets)
         digests |= {(target.kind, target.digest) for target in targets}
         owners = {digest for target in targets for digest in target.owner_digests}
         fresh = digests - self.excluded_by(digests).keys()
         version_before = self._versions.live_number()
         self._db.rows(
-            "INSERT INTO requests (number, id, created_at, updated_at, state, reason, subjects, records, version_before)"
-            " VALUES (?, ?, ?, ?, 'accepted', ?, ?, ?, ?)",
-            (self._db.next_number("requests"), identifier, now(), now(), reason, len(owners), records, version_before),
+            "INSERT INTO requests"
+            " (number, id, kind, created_at, updated_at, state, reason, subjects, records, version_before)"
+            " VALUES (?, ?, ?, ?, ?, 'accepted', ?, ?, ?, ?)",
+            (
+                self._db.next_number("requests"),
+                identifier,
+                kind,
+                now(),
+                now(),
+                reason,
+                len(owners),
+                records,
+                version_before,
+            ),
         )
         self._db.many("INSERT INTO request_partitions VALUES (?, ?, ?)", [(identifier, *place) for place in places])
         self._db.many(
             "INSERT INTO exclusions VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-            [(kind, digest, identifier) for kind, digest in digests],
+            [(about, digest, identifier) for about, digest in digests],
         )
         self._db.many("UPDATE partitions SET changes = changes + 1, dirty = 1 WHERE shard = ? AND slice = ?", places)
         tainted_from: dict[int, int] = {}
         for shard, slice_ in places:
-            if slice_ != HOLDOUT_SLICE:
+            if not is_held_out(slice_):
                 tainted_from[shard] = min(slice_, tainted_from.get(shard, slice_))
         self._db.many("UPDATE stages SET tainted = 1 WHERE shard = ? AND stage >= ?", list(tainted_from.items()))
         self._db.note(
             "request_accepted",
+            what=kind,
             request=identifier,
             shards=sorted(tainted_from),
             subjects=len(owners),
             records=records,
-            excluded={each: sum(kind == each for kind, _ in fresh) for each in get_args(Kind)},
+            excluded={each: sum(about == each for about, _ in fresh) for each in get_args(Kind)},
             exclusions=exclusions_digest(fresh),
             unseen=sum(target.unseen for target in targets),
         )
@@ -256,8 +324,7 @@ class Requests:
     def exclusions(self) -> dict[tuple[str, bytes], str]:
         """Return every exclusion and the request that made it; read again only after a new request."""
         with self._db.snapshot():
-            newest = self._db.row("SELECT coalesce(max(number), 0) AS number FROM requests")
-            number = int(newest["number"]) if newest is not None else 0
+            number = self._db.newest_request()
             if self._known[0] != number:
                 rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
                 self._known = (number, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})

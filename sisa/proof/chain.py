@@ -6,12 +6,12 @@ say beside it (the stage before, records seen, epochs, platform) is held against
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from sisa.checkpoints import Manifest, StageId
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import StageRow
 from sisa.lineage import stage_key
 from sisa.opening import OpenStore
@@ -37,12 +37,13 @@ Expected = Mapping[tuple[int, int], ExpectedStage]
 """By shard and stage; a stage whose rows are unreadable, or that comes after them, is missing."""
 
 
-def expected_chain(store: OpenStore, shard: int, rows: Sequence[SliceRows | None]) -> Expected:
-    """Recompute a chain from what slices 0..R of its shard hold on disk."""
+def expected_chain(store: OpenStore, shard: int, rows: Mapping[int, SliceRows | None]) -> Expected:
+    """Recompute a chain from what the slices of its shard hold on disk."""
     footing = store.ledger.footing()
     chain: dict[tuple[int, int], ExpectedStage] = {}
     parent, records = "", 0
-    for stage, slice_ in enumerate(rows[HOLDOUT_SLICE + 1 :], start=1):
+    for stage in sorted(number for number in rows if not is_held_out(number)):
+        slice_ = rows[stage]
         if slice_ is None or footing is None:
             break
         key = stage_key(
@@ -65,7 +66,7 @@ def first_waiting_stage(store: OpenStore, shard: int) -> int:
         slice_
         for request in store.ledger.requests.open()
         for k, slice_ in request.places
-        if k == shard and slice_ != HOLDOUT_SLICE
+        if k == shard and not is_held_out(slice_)
     ]
     return min([*waiting, store.slices + 1])  # places come from the ledger, and may lie anywhere
 
@@ -131,7 +132,8 @@ def _check_bytes(store: OpenStore, row: StageRow) -> list[str]:
 def _wrong_fields(store: OpenStore, row: StageRow, manifest: Manifest, state: StageState) -> list[str]:
     """Name the fields of a manifest that are not what the training wrote; reading it has checked its digests."""
     training = store.recipe.training
-    epochs = epoch_budget(epochs=training.epochs, slices=store.slices)[row.stage - 1]
+    budget = epoch_budget(epochs=training.epochs, slices=store.recipe.sisa.slices, generations=store.generations)
+    epochs = budget[row.stage - 1]
     expected: dict[str, object] = {
         "parent_key": row.parent_key,
         "records": row.records,

@@ -15,6 +15,7 @@ from pathlib import Path
 from sisa.checkpoints.manifest import parse_shard, shard_folder
 from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.files import TEMPORARY
+from sisa.ledger import STATES
 from sisa.ledger.sqlite import SqliteDatabase
 from sisa.opening import PARTS, OpenStore
 from sisa.proof.journal import is_ignored_journal
@@ -39,9 +40,10 @@ def check_files(store: OpenStore) -> list[str]:
         kind = "folder and what is in it" if path.is_dir() else "file"
         fault = _left_behind(store, path) or f"nobody answers for this {kind}"
         problems.append(f"{_short(store, path)}: {fault}")
-    for path in stray_files(store.layout, store.shards, store.slices):
+    for path in stray_files(store.layout, store.shards, store.slices, generations=store.generations):
         if path not in links:
-            kind = "unfinished" if path.name.startswith(TEMPORARY) else "unknown"
+            unfinished = path.name.startswith(TEMPORARY) or store.layout.incoming.exists()
+            kind = "unfinished" if unfinished else "unknown"
             problems.append(f"{_short(store, path)}: {kind} file among the records")
     problems += [
         f"{_short(store, path)}: missing, so that a reader of Zarr doesn't find the stages; `sisa repair` writes it"
@@ -56,7 +58,9 @@ def _left_behind(store: OpenStore, path: Path) -> str:
     No command that makes such things runs beside this one, deletions excepted. They may hold rows or weights.
     """
     layout, checkpoints = store.layout, store.checkpoints.root
-    if path.parent == layout.scratch:
+    if path == layout.incoming or path.parent == layout.corrections:
+        left = path.is_dir()
+    elif path.parent == layout.scratch:
         left = bool(REPLAY.fullmatch(path.name)) and path.is_dir()
     else:
         swept = {layout.root, *(checkpoints / shard_folder(shard) for shard in range(store.shards))}
@@ -82,6 +86,13 @@ def _strays(store: OpenStore) -> Iterator[Path]:
     yield from (path for path in layout.root.iterdir() if path.name not in here)
     yield from (path for path in layout.keys.iterdir() if path not in {layout.routing_key, layout.exclusion_key})
     yield from _stray_locks(store)
+    if os.path.lexists(layout.incoming):
+        yield layout.incoming
+    if layout.corrections.is_dir():
+        waiting = {r.id for r in store.ledger.requests.open() if r.kind == "correction" and r.state == STATES[0]}
+        yield from (path for path in layout.corrections.iterdir() if path.name not in waiting)
+    elif os.path.lexists(layout.corrections):
+        yield layout.corrections
     for unused in (layout.root / "audit", layout.scratch):
         yield from unused.iterdir() if unused.is_dir() else [unused] if unused.exists() else []
     yield from store.checkpoints.strays()
@@ -93,7 +104,7 @@ def _stray_locks(store: OpenStore) -> Iterator[Path]:
     layout, shards = store.layout, range(store.shards)
     if not layout.locks.is_dir():
         return
-    locks = {layout.lock(name) for name in ("create", "ingest", "operation")}
+    locks = {layout.lock(name) for name in ("create", "incoming", "ingest", "operation")}
     locks |= {lock for shard in shards for lock in (layout.shard_lock(shard), layout.rows_lock(shard))}
     marks = {layout.stop_marks(shard) for shard in shards}
     for path in layout.locks.iterdir():

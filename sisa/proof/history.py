@@ -56,7 +56,7 @@ def _gaps(store: OpenStore) -> list[str]:
     rows = store.ledger.database.rows
     given = [(row["name"], row["last"]) for row in rows("SELECT name, last FROM counters")]
     faults = []
-    for table in (*_COUNTED, "versions"):
+    for table in (*_COUNTED, "versions", "generations"):
         found = rows(f"SELECT count(*), coalesce(min(number), 1), coalesce(max(number), 0) FROM {table}")[0]  # noqa: S608 - names are ours
         count, first, last = found
         remembered = [number for name, number in given if name == table]
@@ -71,10 +71,15 @@ def _ingest_faults(store: OpenStore, events: list[Noted], requests: list[Request
     ingests = [event.detail.get("records") for event in events if event.kind == "ingested"]
     if len(ingests) != int(store.ledger.ingested):
         return [f"{len(ingests)} ingests are noted, expected {int(store.ledger.ingested)}"]
+    added = [(e.detail.get("generation"), e.detail.get("records")) for e in events if e.kind == "generation_added"]
+    if added != [(generation.number, generation.records) for generation in store.ledger.generations.all()]:
+        return ["the generations are not those whose addition is noted"]
     if survivors is None or not ingests:
         return []
     remembered = sum(kind == "record" for kind, _ in store.ledger.requests.exclusions())
     known, ingested = survivors + remembered, ingests[0]
+    if isinstance(ingested, int):
+        ingested += sum(generation.records for generation in store.ledger.generations.all())
     if ingested == known:
         return []
     # Whose slice could not be read was deleted unseen: then fewer records are remembered than were erased.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import STATES
 from sisa.opening import OpenStore
 from sisa.proof.problems import slice_name, stage_name
@@ -73,11 +73,11 @@ def _other_footing(store: OpenStore) -> list[str]:
 def _strange_places(store: OpenStore) -> list[str]:
     """Lines about shards, slices and requests that there are not, and slices that no line is about."""
     rows = store.ledger.database.rows
-    places = {(shard, slice_) for shard in range(store.shards) for slice_ in range(HOLDOUT_SLICE, store.slices + 1)}
+    places = {(shard, slice_) for shard in range(store.shards) for slice_ in store.all_slices}
     told = {(partition.shard, partition.slice) for partition in store.ledger.partitions.all()}
     asked = {(row["shard"], row["slice"]) for row in rows("SELECT shard, slice FROM request_partitions")}
     stages = {(row.shard, row.stage) for row in store.ledger.stages.all()}
-    trained = {(shard, slice_) for shard, slice_ in places if slice_ != HOLDOUT_SLICE}
+    trained = {(shard, slice_) for shard, slice_ in places if not is_held_out(slice_)}
     problems = [f"ledger: {slice_name(*place)}: no line says what it holds" for place in sorted(places - told)]
     problems += [f"ledger: {slice_name(*place)}: there is no such slice" for place in sorted((told | asked) - places)]
     problems += [f"ledger: {stage_name(*place)}: there is no such stage" for place in sorted(stages - trained)]

@@ -25,6 +25,8 @@ def guarded(check: Callable[[], list[str]], what: str) -> list[str]:
 
 def slice_name(shard: int, slice_: int) -> str:
     """Say where rows lie."""
+    if slice_ < HOLDOUT_SLICE:
+        return f"shard {shard}, holdout of generation {-slice_}"
     return f"shard {shard}, holdout" if slice_ == HOLDOUT_SLICE else f"shard {shard}, slice {slice_}"
 
 

@@ -48,6 +48,8 @@ def request_faults(events: Sequence[Noted], requests: Sequence[Request]) -> list
     faults = []
     for request in requests:
         here = told[request.id]
+        if here.accepted.get("what") != request.kind:
+            faults.append(f"request {request.id} is of another kind than was noted")
         if here.accepted.get("shards") != request.shards:
             faults.append(f"request {request.id} was accepted for other shards than the ledger says")
         if here.state != request.state:
@@ -137,4 +139,5 @@ def exclusion_faults(store: OpenStore, events: Sequence[Noted]) -> list[str]:
 
 def _counts(excluded: object) -> str:
     known = excluded if isinstance(excluded, dict) else {}
-    return f"{known.get('record', '?')} records and {known.get('subject', '?')} subjects"
+    contents = f" and {known['content']} superseded contents" if known.get("content") else ""
+    return f"{known.get('record', '?')} records and {known.get('subject', '?')} subjects{contents}"

@@ -11,7 +11,7 @@ from sisa.layout import HOLDOUT_SLICE
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
 from sisa.proof.problems import guarded, slice_name
-from sisa.records.excluded import excluded_rows
+from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition
 from sisa.routing.keys import shard_keys
@@ -27,17 +27,17 @@ class SliceRows:
     membership: str
 
 
-def check_rows(store: OpenStore, shard: int) -> tuple[list[str], list[SliceRows | None]]:
-    """Return what is wrong with a shard's rows, and what slices 0..R hold (None: unreadable)."""
+def check_rows(store: OpenStore, shard: int) -> tuple[list[str], dict[int, SliceRows | None]]:
+    """Return what is wrong with a shard's rows, and what each of its slices holds (None: unreadable)."""
     problems: list[str] = []
-    found: list[SliceRows | None] = []
-    for slice_ in range(HOLDOUT_SLICE, store.slices + 1):
-        found.append(None)
+    found: dict[int, SliceRows | None] = {}
+    for slice_ in store.all_slices:
+        found[slice_] = None
         problems += guarded(partial(_check_slice, store, shard, slice_, found), slice_name(shard, slice_))
     return problems, found
 
 
-def _check_slice(store: OpenStore, shard: int, slice_: int, found: list[SliceRows | None]) -> list[str]:
+def _check_slice(store: OpenStore, shard: int, slice_: int, found: dict[int, SliceRows | None]) -> list[str]:
     """Return what is wrong with one slice, and note in ``found`` what it holds.
 
     Raises:
@@ -45,8 +45,12 @@ def _check_slice(store: OpenStore, shard: int, slice_: int, found: list[SliceRow
     """
     expected, rows = _read(store, shard, slice_)
     excluded = _excluded(store, rows)
-    found[-1] = SliceRows(len(rows.table), excluded, rows.membership)
+    found[slice_] = SliceRows(len(rows.table), excluded, rows.membership)
     faults = _uncounted(expected, rows)
+    exclusions = store.ledger.requests.exclusions().keys()
+    old = superseded_rows(rows.table[RECORD], rows.content_digests_N16, exclusions, store.keys.exclusion)
+    if old.any():
+        faults.append(f"{int(old.sum())} rows that say what a correction superseded")
     if excluded:
         faults.append(f"{excluded} rows of deleted people")
     faults += _misplaced(store, shard, slice_, rows)
@@ -90,6 +94,10 @@ def _misplaced(store: OpenStore, shard: int, slice_: int, rows: PartitionRows) -
     subjects = subjects if isinstance(subjects, pa.Array) else pa.concat_arrays(subjects.chunks)
     routes = store.router.route(subjects)
     misplaced = routes.shard_N != shard
-    if slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
+    if slice_ < HOLDOUT_SLICE:  # of a generation it is its place in time that says the slice
+        misplaced |= routes.slice_N != HOLDOUT_SLICE
+    elif slice_ > store.recipe.sisa.slices:
+        misplaced |= routes.slice_N == HOLDOUT_SLICE
+    elif slice_ != HOLDOUT_SLICE or store.recipe.data.holdout.source is None:
         misplaced |= routes.slice_N != slice_
     return [f"{int(misplaced.sum())} rows that the routing key places elsewhere"] if misplaced.any() else []

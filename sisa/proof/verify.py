@@ -93,7 +93,7 @@ def _check(store: OpenStore, result: Verification, reporter: Reporter) -> None:
     for shard in range(store.shards):
         problems, found = check_rows(store, shard)
         result.problems += problems
-        rows += found
+        rows += found.values()
         expected |= expected_chain(store, shard, found)
         reporter.advance(1)
     for shard in range(store.shards):

@@ -38,13 +38,50 @@ def excluded_rows(
     return marked_N
 
 
+def superseded_digests(
+    records: pa.Array | pa.ChunkedArray, contents_N16: NDArray[np.uint8], exclusion_key: bytes
+) -> list[bytes]:
+    """Return by what each of N pairs of a record and what it says is remembered once a correction superseded it.
+
+    Args:
+        records: N canonical record ids.
+        contents_N16: Keyed digests of their contents.
+        exclusion_key: The store's exclusion key.
+    """
+    base = exclusion_hasher(exclusion_key, "content")
+    digests = []
+    names = records.cast(pa.binary()).to_numpy(zero_copy_only=False)
+    for name, content in zip(names, contents_N16, strict=True):
+        hasher = base.copy()
+        hasher.update(content.tobytes() + name)  # the content has a fixed width
+        digests.append(hasher.digest())
+    return digests
+
+
+def superseded_rows(
+    records: pa.Array | pa.ChunkedArray,
+    contents_N16: NDArray[np.uint8],
+    exclusions: Collection[tuple[str, bytes]],
+    exclusion_key: bytes,
+) -> NDArray[np.bool_]:
+    """Mark the rows that say what a correction superseded.
+
+    Returns:
+        (N,) bool.
+    """
+    if "content" not in _kinds(exclusions, most=len(records)):
+        return np.zeros(len(records), np.bool_)
+    digests = superseded_digests(records, contents_N16, exclusion_key)
+    return np.array([("content", digest) in exclusions for digest in digests], np.bool_)
+
+
 def _kinds(exclusions: Collection[tuple[str, bytes]], *, most: int) -> Collection[str]:
     """Tell which kinds may occur, walking over ``most`` exclusions at most.
 
     A kind that doesn't occur saves a hash for each row. Exclusions may outnumber the rows of a partition by far,
     and this is asked for each partition: then a walk over all of them would cost more than the hashes.
     """
-    return {kind for kind, _ in exclusions} if len(exclusions) <= most else ("record", "subject")
+    return {kind for kind, _ in exclusions} if len(exclusions) <= most else ("record", "subject", "content")
 
 
 def _marked(

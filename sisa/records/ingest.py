@@ -14,7 +14,7 @@ from sisa.records import compare as comparing
 from sisa.records import scan as scanning
 from sisa.records import write as writing
 from sisa.records.arrivals import Excluded, Intake, Progress
-from sisa.records.compare import Comparison
+from sisa.records.compare import Comparison, Superseded
 from sisa.records.scan import ScanReport
 from sisa.records.schema import check_fits
 from sisa.records.source import open_source
@@ -91,7 +91,9 @@ def compare(
     layout: Layout,
     *,
     routing_key: bytes,
+    generations: int = 0,
     excluded: Excluded | None = None,
+    superseded: Superseded | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
     """Count what is new, changed or missing in the sources, against the partitions on disk.
@@ -100,7 +102,9 @@ def compare(
         recipe: The store's resolved recipe, with the sources to compare.
         layout: The store.
         routing_key: Its routing key.
+        generations: How many were added to it.
         excluded: Marks the rows of deleted people, which count as nothing.
+        superseded: Marks the rows that say what a correction superseded.
         on_progress: Told how many more records were compared.
 
     Raises:
@@ -108,7 +112,9 @@ def compare(
         DamagedError: A partition is unreadable.
     """
     intake = _intake(recipe, routing_key=routing_key, excluded=excluded)
-    return comparing.compare(intake, layout, routing_key, on_progress=on_progress)
+    return comparing.compare(
+        intake, layout, routing_key, generations=generations, superseded=superseded, on_progress=on_progress
+    )
 
 
 def _intake(recipe: Recipe, *, routing_key: bytes, excluded: Excluded | None) -> Intake:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from sisa.errors import DamagedError, StoreError
 from sisa.files import fsync_path, make_folder, remove, replacing
-from sisa.layout import HOLDOUT_SLICE, Layout
+from sisa.layout import Layout, all_slices
 from sisa.lineage import canonical_order, membership
 from sisa.recipe import Recipe
 from sisa.records.digest import DIGEST_BYTES, Digests, content_digests, id_digests
@@ -199,11 +199,10 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
         seal(path)
 
 
-def stray_files(layout: Layout, shards: int, slices: int) -> list[Path]:
+def stray_files(layout: Layout, shards: int, slices: int, *, generations: int = 0) -> list[Path]:
     """List everything under the records that is no part of a store with so many shards and slices."""
-    expected = {
-        partition_file(layout, shard, slice_) for shard in range(shards) for slice_ in range(HOLDOUT_SLICE, slices + 1)
-    }
+    numbers = all_slices(slices=slices, generations=generations)
+    expected = {partition_file(layout, shard, slice_) for shard in range(shards) for slice_ in numbers}
     folders = {folder for path in expected for folder in path.parents}
     return sorted(path for path in _walk(layout.records) if path not in expected and path not in folders)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +77,9 @@ def write(
     sweep_temporary(layout.root)  # of killed attempts: they hold people's rows
     scratch = Layout(layout.root / f"{TEMPORARY}records")
     make_folder(scratch.records)
-    told = _Told(on_progress)
+    told = Told(on_progress)
     try:
-        with contextlib.closing(_Spool(scratch.root, slices=intake.router.slices, budget_bytes=budget_bytes)) as spool:
+        with contextlib.closing(Spool(scratch.root, slices=intake.router.slices, budget_bytes=budget_bytes)) as spool:
             for arrived in arrivals(intake):
                 spool.add(arrived)
                 told.read(arrived.read)
@@ -99,8 +99,27 @@ def write(
 
 
 def _write_partition(
-    spool: _Spool, scratch: Layout, recipe: Recipe, keys: ShardKeys, *, slice_: int, told: _Told
+    spool: Spool, scratch: Layout, recipe: Recipe, keys: ShardKeys, *, slice_: int, told: Told
 ) -> PartitionCount:
+    path = partition_file(scratch, keys.shard, slice_)
+
+    def write_to(pieces: Iterator[pa.Table]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, pieces)
+
+    return gather(spool, recipe, keys, slice_=slice_, write_to=write_to, told=told)
+
+
+def gather(
+    spool: Spool,
+    recipe: Recipe,
+    keys: ShardKeys,
+    *,
+    slice_: int,
+    write_to: Callable[[Iterator[pa.Table]], None],
+    told: Told,
+) -> PartitionCount:
+    """Put one partition together from its pieces; without rows nothing is written."""
     ids = [np.empty((0, DIGEST_BYTES), np.uint8)]
     contents = [np.empty((0, DIGEST_BYTES), np.uint8)]
 
@@ -112,14 +131,12 @@ def _write_partition(
             told.written(piece.num_rows)
 
     if spool.holds(keys.shard, slice_):
-        path = partition_file(scratch, keys.shard, slice_)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, pieces())
+        write_to(pieces())
     ids_N16: Digests = np.concatenate(ids)
     return PartitionCount(keys.shard, slice_, len(ids_N16), membership(ids_N16, np.concatenate(contents)))
 
 
-class _Told:
+class Told:
     """Adds up progress: half a record for reading it, half for writing it."""
 
     def __init__(self, on_progress: Progress | None) -> None:
@@ -148,7 +165,7 @@ class _Told:
             self._said = done
 
 
-class _Spool:
+class Spool:
     """Rows on their way, sorted by partition in runs on disk."""
 
     def __init__(self, folder: Path, *, slices: int, budget_bytes: int) -> None:

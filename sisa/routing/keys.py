@@ -113,7 +113,9 @@ def exclusion_digest(exclusion_key: bytes, kind: Literal["subject", "record"], i
     return exclusion_digests(exclusion_key, kind, [id_])[0]
 
 
-def exclusion_digests(exclusion_key: bytes, kind: Literal["subject", "record"], ids: Iterable[str]) -> list[bytes]:
+def exclusion_digests(
+    exclusion_key: bytes, kind: Literal["subject", "record", "content"], ids: Iterable[str]
+) -> list[bytes]:
     """Return the :func:`exclusion_digest` of each of many ids of one kind, in their order.
 
     Args:
@@ -130,6 +132,6 @@ def exclusion_digests(exclusion_key: bytes, kind: Literal["subject", "record"], 
     return digests
 
 
-def exclusion_hasher(exclusion_key: bytes, kind: Literal["subject", "record"]) -> hashlib.blake2b:
+def exclusion_hasher(exclusion_key: bytes, kind: Literal["subject", "record", "content"]) -> hashlib.blake2b:
     """Return the hasher behind :func:`exclusion_digest`; copy it to digest many ids of one kind."""
     return hashlib.blake2b(digest_size=16, key=derive(exclusion_key, "exclusion", kind), person=b"sisa-exclusion")

@@ -238,7 +238,7 @@ def _deletion_schemas() -> JSON:
 def _request() -> JSON:
     """Fields of a deletion."""
     return {
-        "request": TEXT, "state": {"enum": list(STATES)}, "created_at": TIME, "updated_at": TIME, "reason": TEXT,
+        "request": TEXT, "kind": {"enum": ["deletion", "correction"]}, "state": {"enum": list(STATES)}, "created_at": TIME, "updated_at": TIME, "reason": TEXT,
         "regime": {"enum": list(REGIMES)}, "due_at": MAYBE_TIME, "subjects": INTEGER, "records": INTEGER,
         "shards": _list(INTEGER), "slices": _list(INTEGER), "stages_retrained": INTEGER, "version_before": INTEGER,
         "version_quarantine": MAYBE_INTEGER, "version_after": MAYBE_INTEGER,
@@ -252,7 +252,7 @@ def _state(classes: list[bool | int | str]) -> JSON:
     version = {"number": INTEGER, "created_at": TIME, "cause": TEXT, "request": MAYBE_TEXT, "voters": INTEGER,
                "accuracy": {"type": ["number", "null"]}}  # fmt: skip
     replica = {"id": TEXT, "version": INTEGER, "confirmed": {"type": "boolean"}}
-    numbers = ("version", "shards", "slices", "records", "subjects", "holdout_records", "open_requests")
+    numbers = ("version", "shards", "slices", "generations", "records", "subjects", "holdout_records", "open_requests")
     return _object({
         "store": TEXT, "now": TIME, "state": TEXT, **dict.fromkeys(numbers, INTEGER), "classes": _list({"enum": classes}),
         "aggregation": TEXT, "aggregation_in_use": TEXT, "stages": _list(_object(stage)), "versions": _list(_object(version)),

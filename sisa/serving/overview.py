@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sisa.ensemble.live import rule_in_use
+from sisa.layout import is_held_out
 from sisa.ledger import Ledger, StageRow, Version
 from sisa.opening import OpenStore
 from sisa.serving.deletions import described
@@ -66,7 +67,7 @@ def _taken_from(store: OpenStore) -> dict[int, tuple[int, str]]:
     taken: dict[int, tuple[int, str]] = {}
     for request in store.ledger.requests.open():
         for shard, slice_ in request.places:
-            if slice_:
+            if not is_held_out(slice_):
                 first, _ = taken.get(shard, (slice_, ""))
                 taken[shard] = (min(first, slice_), request.state)
     return taken

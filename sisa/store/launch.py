@@ -19,7 +19,7 @@ from sisa.deletion.repair import Repair, bring_up
 from sisa.deletion.settle import rows_damage, settle_all
 from sisa.errors import RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
-from sisa.layout import HOLDOUT_SLICE, Layout
+from sisa.layout import Layout, is_held_out
 from sisa.learners.check import check_model
 from sisa.ledger import Partition, PostgresPlace, place_of
 from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, routing_key_for
@@ -27,7 +27,8 @@ from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
-from sisa.records.excluded import excluded_rows
+from sisa.records.compare import Superseded
+from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
@@ -118,7 +119,7 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
     with opened.operation_lock().held(timeout_s=0) as operation:
         if opened.ledger.ingested:
             raise_first(settle_all(opened, reporter))  # rows of accepted deletions are neither kept nor missing
-            _check_rows(opened)
+            check_rows(opened)
             return opened, _compare(opened, resolved, reporter)
         with opened.ingest_lock().held() as entering:
             _ingest(opened, resolved, reporter, (operation, entering))
@@ -142,7 +143,7 @@ def _other_ledger(opened: OpenStore, resolved: Recipe) -> list[str]:
     return [f"ledger: the store has {shown[0]}, asked for {shown[1]}"] if shown[0] != shown[1] else []
 
 
-def _excluder(opened: OpenStore) -> Excluded:
+def excluder(opened: OpenStore) -> Excluded:
     """Mark deleted people's rows, as known when the first rows arrive.
 
     A comparison has read the partitions by then: whoever was erased from them before is known as deleted.
@@ -155,6 +156,16 @@ def _excluder(opened: OpenStore) -> Excluded:
         return excluded_rows(records, subjects, known[0], opened.keys.exclusion)
 
     return excluded
+
+
+def superseder(opened: OpenStore) -> Superseded:
+    """Mark rows that say what a correction superseded."""
+
+    def superseded(records: pa.StringArray, contents_N16: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        exclusions = opened.ledger.requests.exclusions().keys()
+        return superseded_rows(records, contents_N16, exclusions, opened.keys.exclusion)
+
+    return superseded
 
 
 def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
@@ -179,7 +190,7 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iter
             resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(opened),
+            excluded=excluder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -196,7 +207,7 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iter
     )
 
 
-def _check_rows(opened: OpenStore) -> None:
+def check_rows(opened: OpenStore) -> None:
     """Make sure that the store holds the rows that it should: what was lost must not look like new in the source.
 
     Raises:
@@ -219,7 +230,9 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
             resolved,
             opened.layout,
             routing_key=opened.keys.routing,
-            excluded=_excluder(opened),
+            generations=opened.generations,
+            excluded=excluder(opened),
+            superseded=superseder(opened),
             on_progress=reporter.advance,
         )
     finally:
@@ -227,8 +240,13 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
     if not found.clean:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "
-            "adding and correcting records is not supported yet; nothing was changed",
-            hint="Train from the source as it was, or train into another store.",
+            "training neither adds nor corrects; nothing was changed",
+            hint="Put the new ones into a table of their own, for `sisa add`, changed ones for `sisa correct`; "
+            "or train from the source as it was, or into another store.",
+        )
+    if found.superseded:
+        reporter.note(
+            f"{found.superseded} records of the source say what a correction superseded; the store keeps what it has"
         )
     if found.missing:
         reporter.note(
@@ -279,9 +297,9 @@ def _summary(store: Store, version: int, done: Repair, *, started: float, missin
     return Training(
         store=str(opened.layout.root),
         version=version,
-        records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
-        subjects=sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),
-        holdout_records=sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
+        records=sum(p.records for p in partitions if not is_held_out(p.slice)),
+        subjects=sum(p.subjects for p in partitions if not is_held_out(p.slice)),
+        holdout_records=sum(p.records for p in partitions if is_held_out(p.slice)),
         shards=opened.shards,
         slices=opened.slices,
         stages_trained=len(done.trained),

@@ -9,7 +9,7 @@ import numpy as np
 
 from sisa.ensemble.live import Answer
 from sisa.errors import NoConstituentError, NoScoreError
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.learners.columns import Columns, columns_from_table
 from sisa.opening import OpenStore
 from sisa.records.partition import read_partition
@@ -58,8 +58,8 @@ def measure(store: OpenStore, answer: Callable[[Columns], Answer]) -> Measured |
 
 def _holdout(store: OpenStore) -> Iterable[Columns]:
     for partition in store.ledger.partitions.all():
-        if partition.slice == HOLDOUT_SLICE and partition.records:
+        if is_held_out(partition.slice) and partition.records:
             keys = shard_keys(store.keys.routing, partition.shard)
-            rows = read_partition(store.layout, store.recipe, keys, partition.shard, HOLDOUT_SLICE)
+            rows = read_partition(store.layout, store.recipe, keys, partition.shard, partition.slice)
             if rows.table.num_rows:
                 yield columns_from_table(rows.table, store.recipe)

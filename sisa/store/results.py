@@ -46,6 +46,52 @@ class Training(_Answer):
 
 
 @dataclass(frozen=True)
+class Addition(_Answer):
+    """What ``add`` did."""
+
+    generation: int
+    """1 for the first one that was added."""
+    slice: int
+    """Which slice of each shard it is: R+g."""
+    records: int
+    """Its rows that are trained on, as they are in the store now; the held-out ones are not among them."""
+    holdout_records: int
+    excluded_records: int
+    """Rows of deleted people in the table, which were left out."""
+    repeated: bool
+    """It was in the store already; what was missing was trained."""
+    stages_trained: int
+    version_before: int
+    version: int
+    metrics: Metrics | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Correction(_Answer):
+    """What ``correct`` did. ``request`` is empty if every row says already what the table says."""
+
+    request: str
+    state: str
+    records: int
+    """Rows that were changed."""
+    subjects: int
+    unchanged: int
+    """Rows of the table that say what the store has."""
+    shards: list[int]
+    stages_retrained: int
+    version_before: int
+    version_quarantine: int | None
+    version_after: int | None
+    seconds_to_quarantine: float
+    seconds: float
+    repeated: bool = False
+    """Nothing differed any more, but an earlier correction was not finished: it was gone on with."""
+    note: str = ""
+    """Why the repair has to wait, if it has to."""
+
+
+@dataclass(frozen=True)
 class Deletion(_Answer):
     """What ``delete`` did. Numbers are those of ``request``, which is empty if no id was known."""
 

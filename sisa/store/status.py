@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sisa.layout import HOLDOUT_SLICE
+from sisa.layout import is_held_out
 from sisa.ledger import Request, Version
 from sisa.opening import OpenStore
 
@@ -31,11 +31,12 @@ def summary(store: OpenStore) -> dict[str, Any]:
         return {
             "version": version.number,
             "state": _state(store, version, repair_due=bool(ledger.requests.open())),
-            "records": sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
-            "subjects": sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),
-            "holdout_records": sum(p.records for p in partitions if p.slice == HOLDOUT_SLICE),
+            "records": sum(p.records for p in partitions if not is_held_out(p.slice)),
+            "subjects": sum(p.subjects for p in partitions if not is_held_out(p.slice)),
+            "holdout_records": sum(p.records for p in partitions if is_held_out(p.slice)),
             "shards": store.shards,
             "slices": store.slices,
+            "generations": store.generations,
         }
 
 
@@ -44,7 +45,10 @@ def _state(store: OpenStore, version: Version, *, repair_due: bool) -> str:
         return "ingesting"
     if version.number == 0:
         return "training"
-    return "repair due" if repair_due else "ready"
+    if repair_due:
+        return "repair due"
+    newest = {row.shard for row in store.ledger.stages.all() if row.stage == store.slices and not row.tainted}
+    return "ready" if len(newest) == store.shards or not store.generations else "training due"
 
 
 def _constituent(store: OpenStore, version: Version, shard: int, waiting: set[int]) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def request_json(request: Request) -> dict[str, Any]:
     """Return a request as plain data."""
     return {
         "request": request.id,
+        "kind": request.kind,
         "state": request.state,
         "created_at": request.created_at,
         "updated_at": request.updated_at,
@@ -71,7 +76,7 @@ def request_json(request: Request) -> dict[str, Any]:
         "subjects": request.subjects,
         "records": request.records,
         "shards": request.shards,
-        "slices": sorted({slice_ for _, slice_ in request.places if slice_ != HOLDOUT_SLICE}),
+        "slices": sorted({slice_ for _, slice_ in request.places if not is_held_out(slice_)}),
         "stages_retrained": request.stages_retrained,
         "version_before": request.version_before,
         "version_quarantine": request.version_quarantine,

@@ -15,7 +15,7 @@ from sisa.layout import Layout
 from sisa.ledger import STATES
 from sisa.progress import Reporter, Silent
 from sisa.routing.ids import id_text
-from sisa.store.results import Deletion, Metrics, Repaired, Training
+from sisa.store.results import Addition, Correction, Deletion, Metrics, Repaired, Training
 from sisa.store.status import status
 
 if TYPE_CHECKING:
@@ -99,6 +99,72 @@ class Store:
             self._live = LiveEnsemble(self.opened)
         return self._live
 
+    def add(
+        self,
+        source: str | Path,
+        *,
+        defer: bool = False,
+        executor: str = "auto",
+        address: str | None = None,
+        workers: int | None = None,
+        reporter: Reporter | None = None,
+    ) -> Addition:
+        """Add the rows of a table as a new generation: a new last slice of every shard, trained on top of the others.
+
+        Nothing that was trained before changes. The same table again is recognised, and goes on where it stopped.
+
+        Args:
+            source: A table with the columns of the recipe, and record ids that are not in the store.
+            defer: Add the rows now; ``train`` or :meth:`repair` trains on them.
+            executor: ``auto``, ``ray`` or ``inline``.
+            address: A running Ray cluster.
+            workers: How many chains at a time.
+            reporter: Who wants to know how far it is.
+
+        Raises:
+            UserError: The table can't be used, or brings nothing new; nothing was changed.
+            StoreError: The store is busy or damaged, or a shard could not be trained; what was added stays added.
+        """
+        from sisa.store.grow import add
+
+        execution = _execution(executor, address, workers)
+        return add(self, str(source), defer=defer, execution=execution, reporter=reporter or Silent())
+
+    def correct(
+        self,
+        source: str | Path,
+        *,
+        reason: str = "",
+        defer: bool = False,
+        executor: str = "auto",
+        address: str | None = None,
+        workers: int | None = None,
+        reporter: Reporter | None = None,
+    ) -> Correction:
+        """Give rows that are in the store new content: what saw the old one is out of service at once, and retrained.
+
+        What the rows said is remembered as a keyed digest, so that an old source can't bring it back.
+
+        Args:
+            source: A table with the columns of the recipe; the rows as they should be.
+            reason: For the record; don't put personal data in it.
+            defer: Stop after the rows are replaced; :meth:`repair` does the rest.
+            executor: ``auto``, ``ray`` or ``inline``.
+            address: A running Ray cluster.
+            workers: How many chains at a time.
+            reporter: Who wants to know how far it is.
+
+        Raises:
+            UserError: A row is unknown, deleted or somebody else's, or can't be used; nothing was changed.
+            StoreError: The store is damaged, or the retraining failed; an accepted request stays accepted.
+        """
+        from sisa.store.correct import correct
+
+        execution = _execution(executor, address, workers)
+        return correct(
+            self, str(source), reason=reason, defer=defer, execution=execution, reporter=reporter or Silent()
+        )
+
     def delete(
         self,
         *,
@@ -153,7 +219,7 @@ class Store:
         asked = "asked for before, as" if accepted.repeated else "accepted as"
         reporter.note(f"{asked} {accepted.request.id}: no prediction uses these rows any more")
         self._settle(accepted, reporter)
-        note = "" if defer else self._repair_after(accepted, execution, reporter)
+        note = "" if defer else self.repair_after(accepted, execution, reporter)
         return self._deletion(accepted, note=note, started=started)
 
     def _settle(self, accepted: Accepted, reporter: Reporter) -> None:
@@ -179,7 +245,7 @@ class Store:
                 hint=accepted.damage.hint,
             )
 
-    def _repair_after(self, accepted: Accepted, execution: Execution, reporter: Reporter) -> str:
+    def repair_after(self, accepted: Accepted, execution: Execution, reporter: Reporter) -> str:
         """Repair unless it is done already; return why it has to wait, if it has to."""
         ledger = self.opened.ledger
         waiting = [r for r in (ledger.requests.get(request.id) for request in accepted.requests) if r.open]

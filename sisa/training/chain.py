@@ -63,7 +63,7 @@ class ChainTask:
     code: str
     platform: str
     memberships: tuple[str, ...]
-    """Digest of the rows that slices 1..R are expected to hold."""
+    """Digest of the rows that slices 1..R, and after them one for each generation, are expected to hold."""
     records: tuple[int, ...]
     """How many rows those are."""
     known: dict[str, str]
@@ -210,7 +210,9 @@ class _Chain:
 
     def _train(self, stage: int) -> Manifest:
         task = self._task
-        epochs = epoch_budget(epochs=task.recipe.training.epochs, slices=len(self._keys))[stage - 1]
+        slices = task.recipe.sisa.slices
+        budget = epoch_budget(epochs=task.recipe.training.epochs, slices=slices, generations=len(self._keys) - slices)
+        epochs = budget[stage - 1]
         records = sum(task.records[:stage])
         parent, columns = self._parent(stage), self._columns(stage)
         said = Provenance(

@@ -39,7 +39,9 @@ const STAGES = [
 ];
 const STAGE_NAMES = Object.fromEntries(STAGES);
 const REGIMES = { gdpr: "GDPR", ccpa: "CCPA" };
-const CAUSES = { train: "Training", quarantine: "Quarantine", repair: "Repair", upgrade: "Upgrade", fit: "Aggregation fitted" };
+const CAUSES = {
+  train: "Training", add: "Addition", quarantine: "Quarantine", repair: "Repair", upgrade: "Upgrade", fit: "Aggregation fitted",
+};
 
 /** What is emptied at signing out: all that came from the server. */
 const SERVED = [
@@ -508,7 +510,7 @@ function showMap(state) {
   const out = shards.filter((row) => row.out).length;
   const which = pages > 1 ? `Shards ${begin + 1} to ${begin + shown.length} of ${whole.format(shards.length)}` : count(shards.length, "shard", "shards");
   put($("map-caption"), `${which}; ${out ? `${whole.format(out)} with stages out of service` : "all in service"}`);
-  showRows(shown);
+  showRows(shown, state.slices - (state.generations ?? 0));
 }
 
 function showLegend(counts) {
@@ -537,13 +539,13 @@ function showMapTools(shards, pages) {
   $("map-next").setAttribute("aria-disabled", String(view.page === pages - 1));
 }
 
-function showRows(shown) {
+function showRows(shown, first) {
   const columns = shown.length ? shown[0].stages.map((stage) => stage.stage) : [];
   patch(
     $("map-head"),
-    [columns.join()],
+    [`${columns.join()}/${first}`],
     (key) => key,
-    () => el("tr", {}, el("th", { scope: "col" }, "Shard"), ...columns.map((stage) => el("th", { scope: "col" }, `Stage ${stage}`))),
+    () => el("tr", {}, el("th", { scope: "col" }, "Shard"), ...columns.map((stage) => el("th", { scope: "col" }, stage > first ? `Stage ${stage}, generation ${stage - first}` : `Stage ${stage}`))),
     () => {},
   );
   // Rows are kept by their place, not by their shard: turning a page rewrites texts and builds nothing.
@@ -769,6 +771,7 @@ function markPath(cause, x, y, r) {
   if (cause === "quarantine") return `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`;
   if (cause === "repair") return `M${x} ${y - r - 1.5}L${x + r + 1.5} ${y}L${x} ${y + r + 1.5}L${x - r - 1.5} ${y}z`;
   if (cause === "fit") return `M${x} ${y + r + 1}L${x + r + 1} ${y - r}L${x - r - 1} ${y - r}z`;
+  if (cause === "add") return `M${x - r} ${y}h${2 * r}M${x} ${y - r}v${2 * r}`;
   if (cause === "upgrade") return `M${x} ${y - r - 1}L${x + r + 1} ${y + r}L${x - r - 1} ${y + r}z`;
   return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0z`;
 }

@@ -56,12 +56,20 @@ def _facts() -> None:
         _column("changes", NUMBER, default="0"), _column("dirty", NUMBER, default="0"),
         key=("shard", "slice"),
     )  # fmt: skip
+    _table(
+        "generations",
+        _column("number", NUMBER),
+        _column("created_at", TEXT),
+        _column("records", NUMBER),
+        key=("number",),
+    )
 
 
 def _requests() -> None:
     _table(
         "requests",
-        _column("number", NUMBER), _column("id", TEXT), _column("created_at", TEXT), _column("updated_at", TEXT),
+        _column("number", NUMBER), _column("id", TEXT), _column("kind", TEXT, default="'deletion'"),
+        _column("created_at", TEXT), _column("updated_at", TEXT),
         _column("state", TEXT), _column("reason", TEXT), _column("subjects", NUMBER), _column("records", NUMBER),
         _column("version_before", NUMBER), _column("version_quarantine", NUMBER, null=True),
         _column("version_after", NUMBER, null=True), _column("stages_retrained", NUMBER, default="0"),

@@ -1,0 +1,154 @@
+"""Rows of a new generation into partitions of their own; nobody expects them before the ledger does.
+
+A generation is slice R+g of each shard, and -g for its held-out rows: what is there already isn't touched. The files
+are written durably to the places that they keep. Until the ledger has the generation they mean nothing, and what a
+killed attempt left of them is swept by whoever finds the folder ``incoming``, which is made first and removed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from sisa.files import make_folder, remove, replacing, sweep_temporary
+from sisa.layout import HOLDOUT_SLICE, Layout, held_out_of
+from sisa.recipe import Recipe
+from sisa.records.arrivals import Excluded, Intake, Progress, arrivals
+from sisa.records.names import RECORD, SUBJECT
+from sisa.records.partition import partition_file, read_partition, rewrite_partition, write_rows
+from sisa.records.schema import check_fits
+from sisa.records.source import open_source
+from sisa.records.write import BUDGET_BYTES, PartitionCount, Spool, Told, gather
+from sisa.routing.keys import shard_keys
+from sisa.routing.router import Router
+
+HELD_OUT, TRAINED = 0, 1
+"""Places of a generation within one shard, while its rows are sorted."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which slices a generation fills."""
+
+    generation: int
+    slices: int
+    """The recipe's R."""
+
+    def slice_of(self, kind: int) -> int:
+        """Return the slice number of its trained or of its held-out rows."""
+        return self.slices + self.generation if kind == TRAINED else held_out_of(self.generation)
+
+
+def grown_recipe(recipe: Recipe, source: str) -> Recipe:
+    """Return a store's recipe with a generation's table as its only source.
+
+    Raises:
+        SourceError: The table can't be opened.
+        RecipeError: It lacks columns of the recipe, or has them in another type.
+    """
+    holdout = recipe.data.holdout.model_copy(update={"source": None})
+    grown = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source, "holdout": holdout})})
+    check_fits(grown, open_source(source, name="--source"))
+    return grown
+
+
+def write_generation(
+    recipe: Recipe,
+    layout: Layout,
+    place: Place,
+    *,
+    routing_key: bytes,
+    excluded: Excluded,
+    on_progress: Progress | None = None,
+    budget_bytes: int = BUDGET_BYTES,
+) -> list[PartitionCount]:
+    """Write the rows of a generation to where they will lie; hold the lock of what is incoming.
+
+    Scan the source and compare it with the store before: this trusts it.
+
+    Args:
+        recipe: What :func:`grown_recipe` gave.
+        layout: The store.
+        place: Where the generation goes.
+        routing_key: The store's.
+        excluded: Marks the rows of deleted people, which are never written.
+        on_progress: Told how many more rows are done.
+        budget_bytes: Memory for rows that wait to be sorted.
+
+    Returns:
+        One entry for each new slice of each shard, rows or not.
+
+    Raises:
+        SourceError: The source changed since it was scanned.
+    """
+    router = Router(
+        routing_key,
+        shards=recipe.sisa.shards,
+        slices=recipe.sisa.slices,
+        holdout_fraction=recipe.data.holdout.fraction,
+    )
+    intake = Intake(recipe, open_source(recipe.data.source, name="--source"), router, None, excluded)
+    told = Told(on_progress)
+    make_folder(layout.incoming)
+    with contextlib.closing(Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes)) as spool:
+        for arrived in arrivals(intake):
+            spool.add(replace(arrived, slice_N=(arrived.slice_N != HOLDOUT_SLICE).astype(arrived.slice_N.dtype)))
+            told.read(arrived.read)
+        spool.flush()
+        counts = []
+        for keys in (shard_keys(routing_key, shard) for shard in range(router.shards)):
+            for kind in (HELD_OUT, TRAINED):
+                slice_ = place.slice_of(kind)
+                write_to = _writer(layout, keys.shard, slice_)
+                count = gather(spool, recipe, keys, slice_=kind, write_to=write_to, told=told)
+                counts.append(replace(count, slice=slice_))
+    told.end()
+    return counts
+
+
+def _writer(layout: Layout, shard: int, slice_: int) -> Callable[[Iterator[pa.Table]], None]:
+    path = partition_file(layout, shard, slice_)
+
+    def write_to(pieces: Iterator[pa.Table]) -> None:
+        make_folder(path.parent)
+        with replacing(path) as scratch:
+            write_rows(scratch, pieces)
+
+    return write_to
+
+
+def drop_excluded(
+    recipe: Recipe, layout: Layout, counts: list[PartitionCount], *, routing_key: bytes, excluded: Excluded
+) -> list[PartitionCount]:
+    """Rewrite what was written without people who were deleted since; return what is left.
+
+    Raises:
+        DamagedError: A file isn't what was written.
+    """
+    left = []
+    for count in counts:
+        keys = shard_keys(routing_key, count.shard)
+        rows = read_partition(layout, recipe, keys, count.shard, count.slice)
+        keep_N = ~excluded(rows.table[RECORD], rows.table[SUBJECT])
+        if not keep_N.all():
+            rewrite_partition(layout, count.shard, count.slice, keep_N, rows)
+            rows = read_partition(layout, recipe, keys, count.shard, count.slice)
+        left.append(PartitionCount(count.shard, count.slice, len(rows.table), rows.membership))
+    return left
+
+
+def sweep_generation(layout: Layout, place: Place, *, shards: int) -> None:
+    """Remove what a killed attempt left of a generation; hold the lock of what is incoming.
+
+    Void for a generation that the ledger has: these would be its rows.
+    """
+    holdout = layout.partition(0, place.slice_of(HELD_OUT)).parent
+    for folder in [holdout, *(layout.partition(shard, place.slice_of(TRAINED)) for shard in range(shards))]:
+        if folder.exists():
+            remove(folder)
+        sweep_temporary(folder.parent)  # half-removed by somebody who was killed
+    if layout.incoming.exists():
+        remove(layout.incoming)
