@@ -463,7 +463,7 @@ def test_an_addition_killed_at_any_step_ends_the_same(
 
 @pytest.mark.parametrize(
     "where",
-    ["COMMIT in ledger.generations.publish", "replace in records.grow.write_to", "COMMIT in ledger.stages.enter"],
+    ["COMMIT in ledger.generations.publish", "replace in records.grow.write_to", "COMMIT in ledger.stages.enter_all"],
 )
 def test_a_deletion_after_a_killed_addition_leaves_no_row_of_the_person(world: World, folder: Path, where: str) -> None:
     """Rows that never became part of the store are on disk by then."""
