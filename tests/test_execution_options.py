@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from sisa.errors import UserError
-from sisa.execution import cluster
+from sisa.execution import cluster, driver
 from sisa.execution.options import Execution
 
 
@@ -64,7 +64,7 @@ class Failing:
 
 def test_workers_that_have_not_this_package_are_the_callers_mistake():
     with pytest.raises(UserError, match=r"can't take up its chain: ModuleNotFoundError: No module named 'sisa'$"):
-        cluster._item(Failing(), iter([None]))
+        driver.taken(Failing(), iter([None]))
 
 
 @pytest.mark.parametrize(
