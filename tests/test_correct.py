@@ -344,7 +344,7 @@ def test_a_person_deleted_after_a_killed_correction_leaves_neither_the_old_row_n
     root = root_of(world.copy(folder / "store"))
     kit.killed_before(correct, root, source_of(world, [record]), root=root, stop_at=where)
     store = kit.reopened(root)
-    store.delete(subjects=[owners[record]], executor="inline")
+    store.delete(subjects=[owners[record]], defer=True)
     assert record not in said(root)
     store.repair(executor="inline")
     assert bits(store) == bits(world.fresh(folder / "fresh", [record], owners[record]))
