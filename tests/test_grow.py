@@ -20,6 +20,7 @@ from tables import without
 from sisa.errors import BusyError, DamagedError, SourceError, StoreError, UnknownIdsError, UserError
 from sisa.files import FileLock
 from sisa.ledger.generations import Generations
+from sisa.progress import Silent
 from sisa.records import grow as growing
 from sisa.store import grow
 from sisa.store.store import Store
@@ -572,12 +573,8 @@ def test_a_deletion_waits_for_rows_that_are_being_written_before_it_says_that_th
     assert store.verify(replay="all", executor="inline").problems == []
 
 
-class _Notes:
+class _Notes(Silent):
     """Passes notes on to the parent."""
-
-    def begin(self, what: str, total: int | None) -> None: ...
-    def advance(self, amount: int) -> None: ...
-    def end(self) -> None: ...
 
     def note(self, text: str) -> None:
         if "being added" in text:
