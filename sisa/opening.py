@@ -10,12 +10,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.checkpoints import CheckpointStore
+from sisa import remote
+from sisa.checkpoints import Checkpoints, checkpoints_at
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import FileLock, make_folder, remove, sweep_temporary, write_durably
-from sisa.layout import Layout
+from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, Layout
 from sisa.ledger import STATES, Ledger
-from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
+from sisa.recipe import Recipe, RoutingSpec, dump_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
 
@@ -33,7 +34,7 @@ class OpenStore:
     recipe: Recipe
     keys: StoreKeys
     ledger: Ledger
-    checkpoints: CheckpointStore
+    checkpoints: Checkpoints
 
     @property
     def router(self) -> Router:
@@ -81,7 +82,7 @@ def router_of(recipe: Recipe, routing_key: bytes) -> Router:
 
 def is_store(layout: Layout) -> bool:
     """Say whether a store lies there."""
-    return layout.recipe.is_file()
+    return layout.storage.exists(RECIPE_KEY)
 
 
 def open_store(layout: Layout) -> OpenStore:
@@ -91,19 +92,22 @@ def open_store(layout: Layout) -> OpenStore:
         UserError: There is no store.
         DamagedError: A part of it is missing or unreadable.
     """
-    if not is_store(layout):
-        raise UserError(
-            f"store {str(layout.root)!r}: no store there (expected a folder with recipe.yaml)",
-            hint="Give the path that `sisa train` wrote to.",
-        )
     try:
-        recipe = load_recipe(layout.recipe)
-    except UserError as error:
-        raise DamagedError(
-            f"recipe.yaml of the store can't be used: {error.message}",
-            hint="The recipe of a store is frozen: restore the file that `sisa train` wrote.",
+        recipe = remote.stored_recipe(layout.storage.read(RECIPE_KEY))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"store {layout.uri!r}: no store there (expected {'a prefix' if layout.remote else 'a folder'} with "
+            "recipe.yaml)",
+            hint="Give the path that `sisa train` wrote to.",
         ) from error
-    keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
+    except OSError as error:
+        raise DamagedError(
+            f"recipe.yaml of the store can't be read: {error.strerror}", hint="Give permission."
+        ) from error
+    if layout.remote:
+        keys = remote.referenced_keys(recipe)
+    else:
+        keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
     ledger = Ledger.open(layout.ledger)
     if ledger.fact("recipe") != _seal(recipe):
         ledger.close()
@@ -114,11 +118,20 @@ def open_store(layout: Layout) -> OpenStore:
     for name, key in (("routing_key", keys.routing), ("exclusion_key", keys.exclusion)):
         if ledger.fact(name) != key_check(key):
             ledger.close()
+            where = (
+                f"routing.{name.replace('routing_', '')}_file" if layout.remote else f"keys/{name.replace('_', '.')}"
+            )
             raise DamagedError(
-                f"keys/{name.replace('_', '.')} is not the key that this store was made with",
+                f"{where} is not the key that this store was made with",
                 hint="Restore the key file: under another key nobody is found who was deleted, and no record is placed.",
             )
-    return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints))
+    if layout.remote:
+        try:
+            remote.check_claim(layout, ledger.fact("claim"))
+        except BaseException:
+            ledger.close()
+            raise
+    return OpenStore(layout, recipe, keys, ledger, checkpoints_at(layout.uri, CHECKPOINTS_KEY))
 
 
 def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStore:
@@ -133,6 +146,8 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
         UserError: The folder holds something else, or can't be made.
     """
     check_vacant(layout)
+    if layout.remote:
+        return _create_remote(layout, recipe)
     try:
         make_folder(layout.root)
         make_folder(layout.locks)
@@ -172,6 +187,42 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
     return open_store(layout)
 
 
+def _create_remote(layout: Layout, recipe: Recipe) -> OpenStore:
+    """Make a store in object storage, with its ledger beside it; the recipe is put last, and only if there is none."""
+    keys = remote.new_keys(recipe)
+    try:
+        make_folder(layout.locks)
+    except OSError as error:
+        raise UserError(
+            f"ledger: the folder {str(layout.root)!r} can't be made: {error.strerror}",
+            hint="Choose a place that you may write to.",
+        ) from error
+    with FileLock(layout.lock("create")).held():
+        if is_store(layout):
+            return open_store(layout)
+        if layout.storage.keys(RECORDS_KEY) or _ingested(layout):
+            raise DamagedError(
+                "recipe.yaml of the store is missing, but records were ingested",
+                hint="Restore recipe.yaml from a copy: making the store anew would forget who was deleted.",
+            )
+        remote.probe(layout)
+        for leftover in (layout.ledger, layout.ledger.with_name(f"{layout.ledger_name}-journal")):
+            if leftover.exists():
+                remove(leftover)
+        layout.storage.remove_all(RECORDS_KEY)
+        frozen, claim = remote.frozen(recipe, layout), remote.new_claim()
+        ledger = Ledger.create(layout.ledger)
+        ledger.remember(
+            recipe=_seal(frozen),
+            routing_key=key_check(keys.routing),
+            exclusion_key=key_check(keys.exclusion),
+            claim=claim,
+        )
+        ledger.close()
+        remote.publish_recipe(layout, frozen, claim)
+    return open_store(layout)
+
+
 def _ingested(layout: Layout) -> bool:
     """Say whether a ledger lies there that closed its ingest; one that a crash left unfinished didn't."""
     if not layout.ledger.is_file() or not layout.ledger.stat().st_size:
@@ -196,6 +247,10 @@ def renew_exclusion_key(layout: Layout) -> None:
         StoreError: A deletion is not erased yet: under another key its rows could not be told any more.
         DamagedError: The ledger is missing or damaged.
     """
+    if layout.remote:
+        raise UserError(
+            "the exclusion key of a store in object storage is a file of yours: replacing it is not supported yet"
+        )
     with FileLock(layout.lock("operation")).held(timeout_s=0):
         ledger = Ledger.open(layout.ledger)
         key = new_key()
@@ -234,6 +289,9 @@ def check_vacant(layout: Layout) -> None:
     Raises:
         UserError: Something else lies there.
     """
+    if layout.remote:
+        remote.check_vacant(layout)
+        return
     root = layout.root
     if root.exists() and not root.is_dir():
         raise UserError(f"store {str(root)!r}: expected a folder, found a file", hint="Choose another path.")
@@ -260,6 +318,8 @@ def routing_key_for(recipe: Recipe, layout: Layout) -> bytes:
     Raises:
         UserError: The key file is unreadable, or is not the key that the store was made with.
     """
+    if layout.remote:
+        return remote.new_keys(recipe).routing
     stored = _stored_key(layout.routing_key) if layout.routing_key.exists() else None
     if recipe.routing.key_file is None:
         return stored or new_key()

@@ -152,8 +152,8 @@ def test_many_mistakes_are_one_message(cli, tmp_path):
             ],
         ),
         ("data.image={height: 2, width: 2}", ["data.image: expected exactly one feature, the image; got 3"]),
-        ("nonsense=1", ["nonsense: no such field; expected one of store, data, model, training, sisa, routing"]),
-        ("a..b=1", ["a: no such field; expected one of store, data, model, training, sisa, routing"]),
+        ("nonsense=1", ["nonsense: no such field; expected one of store, ledger, data, model, training, sisa, routing"]),
+        ("a..b=1", ["a: no such field; expected one of store, ledger, data, model, training, sisa, routing"]),
     ],
 )  # fmt: skip
 def test_an_override_that_makes_the_recipe_wrong(cli, tmp_path, override, expected):

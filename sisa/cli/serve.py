@@ -59,7 +59,7 @@ def serve(
       curl -H "Authorization: Bearer $TOKEN" -d '{"rows": [{"age": 41}]}' \
            -H "Content-Type: application/json" http://127.0.0.1:8080/predict
     """
-    from sisa.layout import Layout
+    from sisa.remote import locate
     from sisa.serving.app import Serving
 
     if bool(tls_certificate) != bool(tls_key):
@@ -68,7 +68,7 @@ def serve(
         raise UserError("--address is for --replicas", hint="Without --replicas this process answers by itself.")
     sys.path.insert(0, str(Path.cwd()))
     serving = Serving(
-        layout=Layout.at(store),
+        layout=locate(store),
         lease_s=lease_s,
         open_prediction=open_prediction,
         repairs=not no_repair,

@@ -14,6 +14,7 @@ from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, se
 from sisa.errors import DamagedError, SisaError
 from sisa.execution.build import Plan, build
 from sisa.execution.options import Execution
+from sisa.layout import CHECKPOINTS_KEY
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
@@ -87,7 +88,7 @@ def bring_up(
             shards=sorted(wanted - result.failures.keys()),
             code=code,
             platform=platform,
-            checkpoints=store.layout.checkpoints,
+            checkpoints=CHECKPOINTS_KEY,
             heal=heal,
             read_reused=read_reused,
         )

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
 from sisa.errors import DamagedError, SisaError
-from sisa.files import FileLock, make_folder, remove, sweep_temporary, touch_durably
-from sisa.layout import HOLDOUT_SLICE
+from sisa.files import FileLock, make_folder, sweep_temporary, touch_durably
+from sisa.layout import HOLDOUT_SLICE, SCRATCH_KEY
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
@@ -87,10 +87,8 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
 
 def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
     """Rewrite one slice without the rows of excluded people; nothing happens if it is clean."""
-    folder = store.layout.partition(shard, slice_)
     with FileLock(store.layout.rows_lock(shard)).held():
-        if folder.exists():
-            sweep_temporary(folder)
+        store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
         if not store.ledger.partitions.get(shard, slice_).membership:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
@@ -129,6 +127,7 @@ def erase_restored(store: OpenStore) -> DamagedError | None:
     damage: DamagedError | None = None
     for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
         with FileLock(store.layout.rows_lock(shard)).held():
+            store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
             try:
                 _erase_restored(store, store.ledger.partitions.get(shard, slice_))
             except DamagedError as error:
@@ -173,8 +172,7 @@ def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_]
 
 def remove_replays(store: OpenStore) -> None:
     """Remove what a replay retrained, running or killed, and what somebody was killed removing."""
-    if store.layout.scratch.exists():
-        remove(store.layout.scratch)
+    store.layout.storage.remove_all(SCRATCH_KEY)
     sweep_temporary(store.layout.root)
 
 
@@ -215,7 +213,7 @@ def _purged(store: OpenStore, request: Request) -> bool:
 
 def rows_damage(store: OpenStore, shard: int, slice_: int) -> DamagedError:
     """Return the error that says that a slice holds other rows than the ledger expects."""
-    folder = store.layout.partition(shard, slice_).relative_to(store.layout.root)
+    folder = store.layout.partition_key(shard, slice_)
     return DamagedError(
         f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
         hint=f"Restore the files under {folder} from a copy, then run `sisa repair`.",

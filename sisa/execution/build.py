@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sisa.errors import DamagedError, SisaError, StaleError
 from sisa.execution.inline import run_inline
@@ -45,7 +44,8 @@ class Plan:
     shards: Sequence[int]
     code: str
     platform: str
-    checkpoints: Path
+    checkpoints: str
+    """Below which prefix of the store stages are looked for and written."""
     enter: bool = True
     """Enter stages into the ledger; a replay doesn't."""
     read_reused: bool = False
@@ -141,8 +141,8 @@ def _task(store: OpenStore, plan: Plan, shard: int, slices: list[Partition]) -> 
     clean = [row for row in store.ledger.stages.all(shard) if not row.tainted and row.platform == plan.platform]
     known = {row.key: row.full_digest for row in clean}
     return ChainTask(
-        root=str(store.layout.root),
-        checkpoints=str(plan.checkpoints),
+        layout=store.layout,
+        checkpoints=plan.checkpoints,
         recipe=store.recipe,
         recipe_digest=store.recipe_digest,
         keys=shard_keys(store.keys.routing, shard),

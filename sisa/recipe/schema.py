@@ -371,14 +371,21 @@ class RoutingSpec(Section):
     """Where the secret behind the routing comes from."""
 
     key_file: str | None = None
-    """File with the key; if null one is made at STORE/keys/routing.key."""
+    """File with the key; if null one is made at STORE/keys/routing.key. A store in object storage keeps no secret: it
+    needs a file, which stays where it is."""
+    exclusion_key_file: str | None = None
+    """File with the key behind the memory of who was deleted; if null one is made at STORE/keys/exclusion.key. Only for a
+    store in object storage, which needs it."""
 
 
 class Recipe(Section):
     """Everything that a training is asked to be."""
 
     store: str | None = None
-    """Where the trained ensemble lies; no part of its identity."""
+    """Where the trained ensemble lies: a folder, or s3://BUCKET/PREFIX; no part of its identity."""
+    ledger: str | None = None
+    """File of the ledger of a store in object storage, on a local disk and in a folder of its own; if null it lies in the
+    store, which only a folder can be."""
     data: DataSpec
     model: ModelSpec
     training: TrainingSpec

@@ -59,7 +59,7 @@ class Service:
     def __init__(self, serving: Serving) -> None:
         opened = open_store(serving.layout)
         self.serving = serving
-        self.name = serving.layout.root.name
+        self.name = serving.layout.name
         self.recipe = opened.recipe
         opened.ledger.close()
         self.stores = ThreadStores(serving.layout)

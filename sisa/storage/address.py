@@ -77,5 +77,5 @@ def local_path(uri: str) -> Path:
             hint="Give a path on a local disk, or s3://BUCKET/PREFIX.",
         )
     if not text:
-        raise UserError("store: expected a path or s3://BUCKET/PREFIX, got an empty text", hint="Give --store.")
+        raise UserError("store: expected a path, got an empty text", hint="Give a path, or s3://BUCKET/PREFIX.")
     return Path(text).absolute()

@@ -31,6 +31,7 @@ from sisa.records.excluded import excluded_rows
 from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
+from sisa.remote import layout_for
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import require_same
 from sisa.store.refit import calibration_rows
@@ -69,7 +70,7 @@ def train(
     place = store if store is not None else asked.store
     if place is None:
         raise UserError("store: missing", hint="Name it in the recipe (store: runs/name) or give --store.")
-    layout = Layout.at(place)
+    layout = layout_for(place, asked)
     reporter = reporter or Silent()
     execution = Execution(executor=executor, address=address, workers=workers)  # type: ignore[arg-type]
     execution.check()
@@ -124,7 +125,7 @@ def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
     if differences:
         raise RecipeError(
             differences,
-            source=f"the store {str(opened.layout.root)!r} was trained under another recipe; this one",
+            source=f"the store {opened.layout.uri!r} was trained under another recipe; this one",
             hint="Train into another store, or go back to the stored recipe (recipe.yaml in the store).",
         )
 
@@ -261,7 +262,7 @@ def _summary(store: Store, version: int, done: Repair, *, started: float, missin
     opened = store.opened
     partitions = opened.ledger.partitions.all()
     return Training(
-        store=str(opened.layout.root),
+        store=opened.layout.uri,
         version=version,
         records=sum(p.records for p in partitions if p.slice != HOLDOUT_SLICE),
         subjects=sum(p.subjects for p in partitions if p.slice != HOLDOUT_SLICE),

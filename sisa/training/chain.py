@@ -8,7 +8,7 @@ lineage key; if the checkpoints hold it, it is reused, else it is trained from s
 3. keys of stages 1..R follow from the memberships that the ledger expects;
 4. before a stage trains, the rows of its slices are read back and must be exactly those.
 
-A worker needs the store's folder, its shard's derived keys and nothing else: no ledger, no other shard.
+A worker needs the store's folder (or its URI, and credentials of its own), its shard's derived keys and nothing else: no ledger, no other shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sisa.checkpoints import CheckpointStore, Manifest, StageId
+from sisa.checkpoints import Manifest, StageId, checkpoints_at
 from sisa.errors import DamagedError, FootingError, SisaError, StaleError
 from sisa.files import FileLock
 from sisa.layout import Layout
@@ -45,10 +45,10 @@ from sisa.training.stage import Stopped, TrainingError, train_stage
 class ChainTask:
     """Everything that a worker is told."""
 
-    root: str
-    """The store's folder."""
+    layout: Layout
+    """Where the store lies: names alone; credentials for object storage are the worker's own."""
     checkpoints: str
-    """Where stages are looked for and written: the store's own, or a scratch place for a replay."""
+    """Below which prefix stages are looked for and written: the store's own, or a scratch place for a replay."""
     recipe: Recipe
     recipe_digest: str
     keys: ShardKeys
@@ -97,7 +97,7 @@ def run_chain(task: ChainTask, report: Report) -> None:
         DamagedError: A stage or a partition is damaged.
         FootingError: This process runs other code or another platform than the chain's.
     """
-    layout = Layout(Path(task.root))
+    layout = task.layout
     marks = layout.stop_marks(task.shard)
 
     def stopped() -> bool:
@@ -118,7 +118,7 @@ class _Chain:
         self._layout = layout
         self._stopped = stopped
         self._report = report
-        self._checkpoints = CheckpointStore(Path(task.checkpoints))
+        self._checkpoints = checkpoints_at(task.layout.uri, task.checkpoints)
         self._keys = chain_keys(task)
         self._checkpoints.sweep(task.shard, keep=self._kept)  # what a killed worker left unfinished
         self._rows: list[Columns] = []
