@@ -24,6 +24,7 @@ import sisa
 from sisa.errors import DamagedError, RecipeError, SisaError, StoreError, UserError
 from sisa.remote import locate
 from sisa.storage import storage_at
+from sisa.storage.versions import Versions
 from sisa.store.store import Store
 
 PEOPLE = crash_kit.people(24)
@@ -534,6 +535,20 @@ class TestVersionedBucket(TestBucket):
         store.repair(executor="inline")
         assert store.verify(executor="inline").problems == []
         self.raw()
+
+    def test_killed_between_a_replacement_and_the_erasure_of_what_it_replaced(self) -> None:
+        store = self.train()
+
+        def killed(*_: object) -> None:
+            raise Killed
+
+        with mock.patch.object(Versions, "erase", killed), pytest.raises(Killed):
+            store.delete(subjects=[PERSON], executor="inline")
+        kept = everything(self.server, self.bucket).values()
+        assert any(PERSON.encode() in decoded(content or b"") for content in kept), "the test must be able to fail"
+        self.opened().repair(executor="inline")
+        assert not self.holding(PERSON, *RECORDS)
+        assert self.opened().verify(executor="inline").problems == []
 
     def raw_of(self, key: str) -> bytes:
         return bytes(self.server.client.get_object(Bucket=self.bucket, Key=f"runs/one/{key}")["Body"].read())

@@ -127,7 +127,10 @@ def erase_restored(store: OpenStore) -> DamagedError | None:
     damage: DamagedError | None = None
     for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
         with FileLock(store.layout.rows_lock(shard)).held():
-            store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
+            if (
+                store.layout.remote
+            ):  # versions that others made; an unfinished file in a folder is somebody's to look at
+                store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
             try:
                 _erase_restored(store, store.ledger.partitions.get(shard, slice_))
             except DamagedError as error:

@@ -19,7 +19,7 @@ from sisa.storage.faults import told
 
 BATCH = 1000
 """Most that S3 takes in one request."""
-TRIES = 4
+TRIES = 10
 
 
 @dataclass(frozen=True)
