@@ -38,20 +38,38 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+def write_durably(path: Path, content: bytes | memoryview, *, mode: int = 0o644) -> None:
     """Replace the file at ``path`` by ``content``, whole or not at all."""
     scratch = temporary_beside(path)
     try:
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_new(scratch, content, mode)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def link_durably(path: Path, content: bytes | memoryview) -> bool:
+    """Make a file at ``path`` with all of ``content``, unless something is there; return whether it was made."""
+    scratch = temporary_beside(path)
+    try:
+        _write_new(scratch, content, 0o644)
+        os.link(scratch, path)  # unlike a rename it doesn't replace
+    except FileExistsError:
+        return False
+    finally:
+        scratch.unlink(missing_ok=True)
+    fsync_path(path.parent)
+    return True
+
+
+def _write_new(path: Path, content: bytes | memoryview, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

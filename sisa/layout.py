@@ -1,11 +1,15 @@
-"""Where everything of one store lies. Pure: names are computed from numbers and digests, never from ids."""
+"""Where everything of one store lies; names are computed from numbers and digests, never from ids."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.errors import UserError
+from sisa.errors import StoreError, UserError
+from sisa.files import TEMPORARY
+from sisa.storage import Storage, is_remote, local_path, parse_address, storage_at
 
 HOLDOUT_SLICE = 0
 """Slice number under which the ledger and the records keep holdout rows; trained slices are 1..R.
@@ -41,55 +45,105 @@ def all_slices(*, slices: int, generations: int) -> range:
     return range(held_out_of(generations), slices + 1)
 
 
+ON_A_SERVER = ("postgresql://", "postgres://")
+"""How the URL of a ledger on a server begins."""
+RECIPE_KEY = "recipe.yaml"
+"""Key of the frozen recipe, which says that a store is there."""
+RECORDS_KEY = "records"
+CHECKPOINTS_KEY = "checkpoints"
+SCRATCH_KEY = "scratch"
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Paths of the parts of the store at ``root``."""
+    """Names of the parts of one store.
+
+    What has a key lies in the store's :attr:`storage`. What has a path lies on a local disk: all of a local store; of
+    a store in object storage the ledger, the locks and what is spooled, in a folder of their own.
+    """
 
     root: Path
+    """The store's folder. Of a store in object storage the folder that its ledger lies in; or, if that is on a server,
+    where this host spools rows while it sorts them."""
+    remote: str = ""
+    """The URI of a store in object storage."""
+    ledger_name: str = "ledger.db"
 
     @classmethod
-    def at(cls, uri: str | Path) -> Layout:
-        """Read a store URI: a path, or ``file://`` before one.
+    def at(cls, uri: str | Path, *, ledger: str | None = None) -> Layout:
+        """Read a store URI: a path, ``file://`` before one, or ``s3://bucket/prefix``.
+
+        Args:
+            uri: Where the store lies.
+            ledger: Where its ledger lies: a file, if the store lies in object storage; or on a server.
 
         Raises:
-            UserError: Another kind of URI.
+            UserError: Another kind of URI, or a ledger that doesn't fit it.
         """
         text = str(uri)
-        if text.startswith("file://"):
-            text = text[len("file://") :]
-        elif "://" in text:
+        on_server = ledger is not None and ledger.startswith(ON_A_SERVER)
+        if not is_remote(text):
+            if ledger is not None and not on_server:
+                raise UserError(
+                    "ledger: expected a URL that begins with postgresql://, for a store in a folder",
+                    hint="Leave the field out for the embedded ledger, a SQLite file in the store.",
+                )
+            return cls(local_path(text))
+        address = parse_address(text)
+        if on_server:
+            return cls(_spool_of(address.uri), address.uri)
+        if ledger is None:
             raise UserError(
-                f"store {text!r}: expected a local path or file://, object storage is not supported yet",
-                hint="Give a path on a local or shared disk.",
+                f"store {text!r}: a store in object storage needs a ledger beside it, none is named",
+                hint="Set `ledger: /path/on/a/local/disk/ledger.db`, in a folder of its own, or a postgresql:// URL.",
             )
-        if not text:
-            raise UserError("store: expected a path, got an empty text", hint="Give --store PATH.")
-        return cls(Path(text).absolute())
+        if "://" in ledger.removeprefix("file://"):
+            raise UserError(
+                "ledger: expected a file on a local disk, or a URL that begins with postgresql://",
+                hint="Set `ledger: /path/on/a/local/disk/ledger.db` in the recipe, in a folder of its own.",
+            )
+        path = local_path(ledger)
+        return cls(path.parent, address.uri, path.name)
+
+    @property
+    def uri(self) -> str:
+        """The store as a user names it."""
+        return self.remote or str(self.root)
+
+    @property
+    def name(self) -> str:
+        """The last part of its URI."""
+        return self.uri.rpartition("/")[2]
+
+    @property
+    def storage(self) -> Storage:
+        """Where what has a key lies."""
+        return storage_at(self.uri)
 
     @property
     def recipe(self) -> Path:
         """The frozen recipe."""
-        return self.root / "recipe.yaml"
+        return self._local(RECIPE_KEY)
 
     @property
     def ledger(self) -> Path:
         """The SQLite ledger."""
-        return self.root / "ledger.db"
+        return self.root / self.ledger_name
 
     @property
     def records(self) -> Path:
         """The router's output."""
-        return self.root / "records"
+        return self._local(RECORDS_KEY)
 
     @property
     def checkpoints(self) -> Path:
         """The Zarr hierarchy of stages."""
-        return self.root / "checkpoints"
+        return self._local(CHECKPOINTS_KEY)
 
     @property
     def keys(self) -> Path:
         """Secrets, each in a file of mode 0600."""
-        return self.root / "keys"
+        return self._local("keys")
 
     @property
     def routing_key(self) -> Path:
@@ -122,16 +176,25 @@ class Layout:
 
     @property
     def scratch(self) -> Path:
-        """Where a replay retrains; removed after it."""
-        return self.root / "scratch"
+        """Where a replay of a local store retrains; removed after it."""
+        return self._local(SCRATCH_KEY)
+
+    @property
+    def spool(self) -> Path:
+        """Where rows wait while they are sorted, on a local disk; removed after it."""
+        return self.root / f"{TEMPORARY}records"
 
     def partition(self, shard: int, slice_: int) -> Path:
-        """The folder with the rows of one slice; 0 is this shard's part of the holdout, -g what generation g added."""
+        """The folder with the rows of one slice of a local store."""
+        return self._local(self.partition_key(shard, slice_))
+
+    def partition_key(self, shard: int, slice_: int) -> str:
+        """The prefix of the rows of one slice; 0 is this shard's part of the holdout, -g what generation g added."""
         if slice_ < HOLDOUT_SLICE:
-            return self.records / "holdout" / f"generation={-slice_:02d}" / f"shard={shard:04d}"
+            return f"{RECORDS_KEY}/holdout/generation={-slice_:02d}/shard={shard:04d}"
         if slice_ == HOLDOUT_SLICE:
-            return self.records / "holdout" / f"shard={shard:04d}"
-        return self.records / f"shard={shard:04d}" / f"slice={slice_:02d}"
+            return f"{RECORDS_KEY}/holdout/shard={shard:04d}"
+        return f"{RECORDS_KEY}/shard={shard:04d}/slice={slice_:02d}"
 
     def lock(self, name: str) -> Path:
         """The lock file called ``name``."""
@@ -148,3 +211,19 @@ class Layout:
     def stop_marks(self, shard: int) -> Path:
         """A folder: while a file lies in it, one per deletion, training of this shard stops at its next step."""
         return self.locks / f"stop-{shard:04d}"
+
+    def _local(self, key: str) -> Path:
+        """The path of what lies in the storage of a local store.
+
+        Raises:
+            StoreError: The store lies in object storage, where nothing has a path.
+        """
+        if self.remote:
+            raise StoreError(f"{key} of the store {self.remote!r} lies in object storage: it has no path")
+        return self.root / key
+
+
+def _spool_of(uri: str) -> Path:
+    """Return a folder of this user's, on this host, for what belongs to the store at ``uri``."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sisa" / hashlib.sha256(uri.encode()).hexdigest()[:16]

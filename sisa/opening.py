@@ -12,13 +12,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sisa.checkpoints import CheckpointStore
+from sisa import remote
+from sisa.checkpoints import Checkpoints, checkpoints_at
 from sisa.coordination import Coordination, Lock, coordination_at
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.files import make_folder, remove, sweep_temporary, write_durably
-from sisa.layout import Layout, all_slices
+from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, Layout, all_slices
 from sisa.ledger import REVISION, STATES, Ledger, Place, PostgresPlace, place_of
-from sisa.recipe import Recipe, RoutingSpec, dump_recipe, load_recipe, recipe_digest
+from sisa.recipe import Recipe, RoutingSpec, dump_recipe, recipe_digest
 from sisa.routing.keys import StoreKeys, derive, new_key, parse_key
 from sisa.routing.router import Router
 
@@ -48,7 +49,7 @@ class OpenStore:
     recipe: Recipe
     keys: StoreKeys
     ledger: Ledger
-    checkpoints: CheckpointStore
+    checkpoints: Checkpoints
     coordination: Coordination
 
     def close(self) -> None:
@@ -122,7 +123,7 @@ def router_of(recipe: Recipe, routing_key: bytes) -> Router:
 
 def is_store(layout: Layout) -> bool:
     """Say whether a store lies there."""
-    return layout.recipe.is_file()
+    return layout.storage.exists(RECIPE_KEY)
 
 
 def _stored_recipe(layout: Layout) -> Recipe:
@@ -132,17 +133,17 @@ def _stored_recipe(layout: Layout) -> Recipe:
         UserError: There is no store.
         DamagedError: The recipe can't be used.
     """
-    if not is_store(layout):
-        raise UserError(
-            f"store {str(layout.root)!r}: no store there (expected a folder with recipe.yaml)",
-            hint="Give the path that `sisa train` wrote to.",
-        )
     try:
-        return load_recipe(layout.recipe)
-    except UserError as error:
+        return remote.stored_recipe(layout.storage.read(RECIPE_KEY))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"store {layout.uri!r}: no store there (expected {'a prefix' if layout.remote else 'a folder'} with "
+            "recipe.yaml)",
+            hint="Give the path that `sisa train` wrote to.",
+        ) from error
+    except OSError as error:
         raise DamagedError(
-            f"recipe.yaml of the store can't be used: {error.message}",
-            hint="The recipe of a store is frozen: restore the file that `sisa train` wrote.",
+            f"recipe.yaml of the store can't be read: {error.strerror}", hint="Give permission."
         ) from error
 
 
@@ -155,23 +156,43 @@ def open_store(layout: Layout) -> OpenStore:
         StoreError: The ledger's server can't be reached, or the ledger has the form of another release.
     """
     recipe = _stored_recipe(layout)
-    keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
+    if layout.remote:
+        keys = remote.referenced_keys(recipe)
+    else:
+        keys = StoreKeys(routing=_stored_key(layout.routing_key), exclusion=_stored_key(layout.exclusion_key))
     place = place_of(recipe.ledger, layout.ledger)
     ledger = Ledger.open(place)
-    if ledger.fact("recipe") != _seal(recipe):
+    try:
+        _check_belongs(layout, recipe, keys, ledger)
+    except BaseException:
         ledger.close()
+        raise
+    checkpoints = checkpoints_at(layout.uri, CHECKPOINTS_KEY)
+    return OpenStore(layout, recipe, keys, ledger, checkpoints, coordination_at(layout, place))
+
+
+def _check_belongs(layout: Layout, recipe: Recipe, keys: StoreKeys, ledger: Ledger) -> None:
+    """Make sure that recipe, keys and ledger are those of one store.
+
+    Raises:
+        DamagedError: They aren't.
+    """
+    if ledger.fact("recipe") != _seal(recipe):
         raise DamagedError(
             "recipe.yaml of the store was edited after training: its digest is not the one in the ledger",
             hint="Restore the file; to train under another recipe, train into another store.",
         )
     for name, key in (("routing_key", keys.routing), ("exclusion_key", keys.exclusion)):
         if ledger.fact(name) != key_check(key):
-            ledger.close()
+            where = (
+                f"routing.{name.replace('routing_', '')}_file" if layout.remote else f"keys/{name.replace('_', '.')}"
+            )
             raise DamagedError(
-                f"keys/{name.replace('_', '.')} is not the key that this store was made with",
+                f"{where} is not the key that this store was made with",
                 hint="Restore the key file: under another key nobody is found who was deleted, and no record is placed.",
             )
-    return OpenStore(layout, recipe, keys, ledger, CheckpointStore(layout.checkpoints), coordination_at(layout, place))
+    if layout.remote:
+        remote.check_claim(layout, ledger.fact("claim"))
 
 
 def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStore:
@@ -186,6 +207,8 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
         UserError: The folder holds something else, or can't be made.
     """
     check_vacant(layout)
+    if layout.remote:
+        return _create_remote(layout, recipe)
     try:
         make_folder(layout.root)
         if recipe.ledger is None:
@@ -224,11 +247,54 @@ def create_store(layout: Layout, recipe: Recipe, routing_key: bytes) -> OpenStor
     return open_store(layout)
 
 
+def _create_remote(layout: Layout, recipe: Recipe) -> OpenStore:
+    """Make a store in object storage, with its ledger elsewhere; the recipe is put last, and only if there is none."""
+    keys = remote.new_keys(recipe)
+    asked = place_of(recipe.ledger, layout.ledger)
+    try:
+        make_folder(layout.root)
+        if not isinstance(asked, PostgresPlace):
+            make_folder(layout.locks)
+    except OSError as error:
+        raise UserError(
+            f"ledger: the folder {str(layout.root)!r} can't be made: {error.strerror}",
+            hint="Choose a place that you may write to.",
+        ) from error
+    with _creation(layout, asked).held():
+        if is_store(layout):
+            return open_store(layout)
+        if layout.storage.keys(RECORDS_KEY) or _ingested(asked):
+            raise DamagedError(
+                "recipe.yaml of the store is missing, but records were ingested",
+                hint="Restore recipe.yaml from a copy: making the store anew would forget who was deleted.",
+            )
+        remote.probe(layout)
+        for leftover in (layout.ledger, layout.ledger.with_name(f"{layout.ledger_name}-journal")):
+            if leftover.exists():
+                remove(leftover)
+        layout.storage.remove_all(RECORDS_KEY)
+        place = _own_place(asked, keys.exclusion)
+        frozen, claim = remote.frozen(recipe, ledger=_text(place)), remote.new_claim()
+        Ledger.create(
+            place,
+            recipe=_seal(frozen),
+            routing_key=key_check(keys.routing),
+            exclusion_key=key_check(keys.exclusion),
+            claim=claim,
+        ).close()
+        remote.publish_recipe(layout, frozen, claim)
+    return open_store(layout)
+
+
+def _text(place: Place) -> str:
+    return place.text if isinstance(place, PostgresPlace) else str(place)
+
+
 def _creation(layout: Layout, place: Place) -> Lock:
-    """The lock of whoever makes the store; a server that has no schema for it yet knows it by the folder's path."""
+    """The lock of whoever makes the store; a server that has no schema for it yet knows it by where the store lies."""
     if isinstance(place, PostgresPlace):
         place = place.of("")
-        return coordination_at(layout, place).lock(f"create/{layout.root}")
+        return coordination_at(layout, place).lock(f"create/{layout.uri}")
     return coordination_at(layout, place).lock("create")
 
 
@@ -275,6 +341,10 @@ def renew_exclusion_key(layout: Layout) -> None:
         StoreError: A deletion is not erased yet: under another key its rows could not be told any more.
         DamagedError: The ledger is missing or damaged.
     """
+    if layout.remote:
+        raise UserError(
+            "the exclusion key of a store in object storage is a file of yours: replacing it is not supported yet"
+        )
     place = place_of(_stored_recipe(layout).ledger, layout.ledger)
     with coordination_at(layout, place).lock("operation").held(timeout_s=0):
         ledger = Ledger.open(place)
@@ -334,6 +404,9 @@ def check_vacant(layout: Layout) -> None:
     Raises:
         UserError: Something else lies there.
     """
+    if layout.remote:
+        remote.check_vacant(layout)
+        return
     root = layout.root
     if root.exists() and not root.is_dir():
         raise UserError(f"store {str(root)!r}: expected a folder, found a file", hint="Choose another path.")
@@ -360,6 +433,8 @@ def routing_key_for(recipe: Recipe, layout: Layout) -> bytes:
     Raises:
         UserError: The key file is unreadable, or is not the key that the store was made with.
     """
+    if layout.remote:
+        return remote.new_keys(recipe).routing
     stored = _stored_key(layout.routing_key) if layout.routing_key.exists() else None
     if recipe.routing.key_file is None:
         return stored or new_key()

@@ -212,7 +212,7 @@ def _caller() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("sisa.") and name not in {"sisa.files", "sisa.ledger.sqlite"}:
+        if name.startswith("sisa.") and name not in {"sisa.files", "sisa.storage.local", "sisa.ledger.sqlite"}:
             return f"{name.removeprefix('sisa.')}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "?"

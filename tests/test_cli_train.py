@@ -153,7 +153,9 @@ def test_status_in_words(cli):
         ("absent", "no store there (expected a folder with recipe.yaml)"),
         ("people.parquet", "no store there (expected a folder with recipe.yaml)"),
         (".", "no store there (expected a folder with recipe.yaml)"),
-        ("s3://bucket/store", "expected a local path or file://, object storage is not supported yet"),
+        ("gs://bucket/store", "expected a path, file:// or s3://; other kinds of storage are not supported yet"),
+        ("s3://bucket/../store", "'..' can't be part of a prefix"),
+        ("s3://", "with the name of a bucket"),
         ("", "store: expected a path, got an empty text"),
     ],
 )
@@ -171,7 +173,8 @@ def test_there_is_no_store(cli, verb, more, store, message):
         ("people.parquet", "expected a folder, found a file"),
         ("people.parquet/deep/er", "people.parquet' is a file, expected a folder"),
         ("foreign", "the folder is not empty and not a store (it holds 'thesis.doc')"),
-        ("s3://bucket/store", "object storage is not supported yet"),
+        ("gs://bucket/store", "other kinds of storage are not supported yet"),
+        ("s3://bucket/store", "ledger: missing; a store in object storage needs it"),
         ("", "store: expected a path, got an empty text"),
     ],
 )

@@ -707,7 +707,7 @@ def test_repair_removes_what_a_killed_command_left(
     world: World, root: Path, function: Callable[..., Any], place: str
 ) -> None:
     delete(root, world.people[1, 1][0], defer=True)
-    kit.killed_before(function, root, root=root, stop_at="rename in checkpoints.stage.write_stage")
+    kit.killed_before(function, root, root=root, stop_at="rename in checkpoints.stage.publish")
     (problem,) = problems(root)
     assert problem.startswith(place)
     assert re.search(LEFT, problem)
@@ -732,7 +732,7 @@ def test_an_unfinished_file_that_no_repair_removes_is_a_strangers(root: Path, na
 
 def test_what_a_killed_ingest_left_is_removed_by_the_next(world: World) -> None:
     root = world.folder / "ingested"
-    (stop,) = {name for name in kit.operations(train_at, world.folder / "whole-ingest", world.recipe, root=world.folder / "whole-ingest") if name.endswith("write.write") and name.startswith("re")}  # fmt: skip
+    (stop,) = {name for name in kit.operations(train_at, world.folder / "whole-ingest", world.recipe, root=world.folder / "whole-ingest") if name.endswith("write._publish") and name.startswith("re")}  # fmt: skip
     kit.killed_before(train_at, root, world.recipe, root=root, stop_at=stop)
     assert "tmp-records: left by a command that was killed; `sisa train` removes it" in problems(root)
     train_at(root, world.recipe)

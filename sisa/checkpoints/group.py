@@ -1,8 +1,9 @@
 """The one place that opens Zarr: one array of bytes in one group, written durably and read loudly.
 
 Zarr's own local store renames without fsync and reads a missing chunk as zeros. Both are mended here: what is
-written goes through :class:`_DurableStore`, what is read through :class:`_LoudStore`. Chunks are not compressed,
-carry a CRC32C each, and are written even if they are all zeros.
+written to a disk goes through :class:`_DurableStore`, what is read through :class:`_LoudStore`; for object storage
+:mod:`sisa.checkpoints.bucket` has their like. Chunks are not compressed, carry a CRC32C each, and are written even if
+they are all zeros.
 
 The metadata of a group is read as what it is, a JSON file, so that a look at a manifest doesn't import Zarr
 (0.4 s). What Zarr wrote about the array is repeated in the sealed attributes, and compared on each load.
@@ -14,15 +15,17 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.buffer import Buffer, BufferPrototype, cpu
+from zarr.core.buffer import Buffer, BufferPrototype, cpu, default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 ARRAY: Final = "state"
@@ -56,20 +59,36 @@ class _LoudStore(LocalStore):
         return found
 
 
+@dataclass(frozen=True)
+class GroupPlace:
+    """Where Zarr finds a group: a store of its kind, which holds nothing else."""
+
+    store: Store
+
+
+def folder_to_write(folder: Path) -> GroupPlace:
+    """Return a folder that nobody knows yet, to write a group to."""
+    return GroupPlace(_DurableStore(folder))
+
+
+def folder_to_read(folder: Path) -> GroupPlace:
+    """Return the folder of a group, to read it from."""
+    return GroupPlace(_LoudStore(folder, read_only=True))
+
+
 def write_group(
-    folder: Path,
+    place: GroupPlace,
     row: npt.NDArray[np.uint8],
     *,
     chunk_bytes: int,
     attributes: Callable[[dict[str, Any]], Mapping[str, Any]],
 ) -> None:
-    """Write ``row`` as a new group at ``folder``; publishing it is the caller's.
+    """Write ``row`` as a new group at ``place``; publishing it is the caller's.
 
-    ``attributes`` is called when the bytes are on their way to disk, with the array's metadata, and returns what
-    the group shall remember.
+    ``attributes`` is called when the bytes are on their way, with the array's metadata, and returns what the group
+    shall remember.
     """
-    store = _DurableStore(folder)
-    group = zarr.create_group(store, zarr_format=3)
+    group = zarr.create_group(place.store, zarr_format=3)
     array = group.create_array(
         ARRAY,
         shape=row.shape,
@@ -83,32 +102,29 @@ def write_group(
     )
     if row.size:
         array[:] = row
-    group.update_attributes(dict(attributes(json.loads((folder / ARRAY / "zarr.json").read_bytes()))))
+    group.update_attributes(dict(attributes(_metadata(place))))
 
 
-def read_array(folder: Path, row: npt.NDArray[np.uint8], *, metadata: Mapping[str, Any]) -> None:
-    """Fill ``row`` with the bytes of the group at ``folder``.
+def read_array(place: GroupPlace, row: npt.NDArray[np.uint8], *, metadata: Mapping[str, Any]) -> None:
+    """Fill ``row`` with the bytes of the group at ``place``.
 
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A checksum or the array's metadata is not what it was.
     """
-    path = folder / ARRAY / "zarr.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{ARRAY}/zarr.json is missing")
-    if json.loads(path.read_bytes()) != metadata:
+    if _metadata(place) != metadata:
         raise ValueError(f"{ARRAY}/zarr.json is damaged")
-    array = _open(folder)
+    array = _open(place)
     if array.shape != row.shape:
         raise ValueError(f"expected {row.size} bytes, got shape {array.shape}")
     if row.size:
         array.get_basic_selection(slice(None), out=cpu.NDBuffer.from_numpy_array(row))
 
 
-def damaged_chunks(folder: Path, *, chunks: int) -> list[str]:
+def damaged_chunks(place: GroupPlace, *, chunks: int) -> list[str]:
     """Name each chunk file that is missing or doesn't pass its checksum; empty if the fault lies elsewhere."""
     try:
-        array = _open(folder)
+        array = _open(place)
     except (OSError, ValueError, TypeError, KeyError):
         return []
     damaged = []
@@ -127,8 +143,24 @@ def chunk_name(number: int) -> str:
     return f"{ARRAY}/c.{number}"
 
 
-def _open(folder: Path) -> zarr.Array[Any]:
-    return zarr.open_array(_LoudStore(folder, read_only=True), path=ARRAY, mode="r", zarr_format=3)
+def _open(place: GroupPlace) -> zarr.Array[Any]:
+    return zarr.open_array(place.store, path=ARRAY, mode="r", zarr_format=3)
+
+
+def _metadata(place: GroupPlace) -> dict[str, Any]:
+    """Read the array's metadata as the JSON that it is.
+
+    Raises:
+        FileNotFoundError: It is missing.
+        ValueError: It isn't JSON.
+    """
+    try:
+        found = sync(place.store.get(f"{ARRAY}/zarr.json", default_buffer_prototype()))
+    except FileNotFoundError:
+        found = None
+    if found is None:
+        raise FileNotFoundError(f"{ARRAY}/zarr.json is missing")
+    return dict(json.loads(found.to_bytes()))
 
 
 def _write(path: Path, content: npt.NDArray[Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from sisa.checkpoints.manifest import Manifest, StageId, parse_stage, shard_folder
-from sisa.checkpoints.stage import SNAPSHOT_FORMAT, read_stage, snapshot_state, write_stage
+from sisa.checkpoints.stage import SNAPSHOT_FORMAT, FolderPlace, read_stage, snapshot_state, write_stage
 from sisa.errors import StoreError
 from sisa.files import make_folder, remove
 from sisa.state import JSON, StageState
@@ -92,7 +92,7 @@ class Snapshots:
         target = self.root / snapshot_id.folder
         try:
             make_folder(target.parent)
-            write_stage(target, snapshot_state(state), describe=describe, form=SNAPSHOT_FORMAT)
+            write_stage(FolderPlace(target), snapshot_state(state), describe=describe, form=SNAPSHOT_FORMAT)
             for older in self.of_stage(snapshot_id.stage_id):
                 if older != snapshot_id:
                     self.remove(older)
@@ -109,7 +109,7 @@ class Snapshots:
             DamagedError: Bytes are missing or changed, or it is another stage's.
         """
         folder = self.root / snapshot_id.folder
-        return read_stage(folder, snapshot_id.stage_id, form=SNAPSHOT_FORMAT)
+        return read_stage(FolderPlace(folder), snapshot_id.stage_id, form=SNAPSHOT_FORMAT)
 
     def list_shard(self, shard: int) -> list[SnapshotId]:
         """Return the snapshots of a shard, sorted."""

@@ -20,10 +20,10 @@ def migrate(store: str, as_json: bool) -> None:
     Example:
       sisa migrate --store runs/adult
     """
-    from sisa.layout import Layout
+    from sisa.remote import locate
     from sisa.opening import migrate_ledger
 
-    schema = migrate_ledger(Layout.at(store))
+    schema = migrate_ledger(locate(store))
     if as_json:
         print_json({"schema": schema})
         return

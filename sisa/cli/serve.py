@@ -69,14 +69,14 @@ def serve(
       curl -H "Authorization: Bearer $TOKEN" -d '{"rows": [{"age": 41}]}' \
            -H "Content-Type: application/json" http://127.0.0.1:8080/predict
     """
-    from sisa.layout import Layout
+    from sisa.remote import locate
     from sisa.serving.app import Serving
 
     if bool(tls_certificate) != bool(tls_key):
         raise UserError("--tls-certificate and --tls-key belong together", hint="Give both, or neither.")
     sys.path.insert(0, str(Path.cwd()))
     serving = Serving(
-        layout=Layout.at(store),
+        layout=locate(store),
         lease_s=lease_s,
         open_prediction=open_prediction,
         repairs=not no_repair,

@@ -19,7 +19,7 @@ def next_place(store: OpenStore) -> Place:
 
 def sweep_incoming(store: OpenStore, reporter: Reporter) -> None:
     """Remove rows that never became part of the store; wait for who is writing some."""
-    if not store.layout.incoming.exists():
+    if store.layout.remote or not store.layout.incoming.exists():  # a bucket takes no additions yet
         return
     told: list[bool] = []
 

@@ -16,6 +16,7 @@ from sisa.deletion.settle import erase_restored, purge_shard, remove_replays, se
 from sisa.errors import DamagedError, LostLockError, SisaError
 from sisa.execution.build import Build, Plan, build
 from sisa.execution.options import Execution
+from sisa.layout import CHECKPOINTS_KEY
 from sisa.ledger import STATES, Request, StageRow
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
@@ -92,7 +93,7 @@ def bring_up(
             shards=sorted(wanted - result.failures.keys()),
             code=code,
             platform=platform,
-            checkpoints=store.layout.checkpoints,
+            checkpoints=CHECKPOINTS_KEY,
             heal=heal,
             read_reused=read_reused,
         )

@@ -17,8 +17,8 @@ from sisa.coordination import Held
 from sisa.deletion.incoming import sweep_incoming
 from sisa.deletion.merge import remove_correction, remove_merged, unwanted, with_corrections
 from sisa.errors import DamagedError, SisaError
-from sisa.files import remove, sweep_temporary
-from sisa.layout import is_held_out
+from sisa.files import sweep_temporary
+from sisa.layout import SCRATCH_KEY, is_held_out
 from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
@@ -93,10 +93,8 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
 
 def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
     """Rewrite one slice without excluded rows, and with corrected ones; nothing happens if it is clean."""
-    folder = store.layout.partition(shard, slice_)
     with store.coordination.rows(shard).held() as lock:
-        if folder.exists():
-            sweep_temporary(folder)
+        store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
         if not store.ledger.partitions.get(shard, slice_).membership:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
@@ -141,6 +139,10 @@ def erase_restored(store: OpenStore) -> DamagedError | None:
     damage: DamagedError | None = None
     for shard, slice_ in [(p.shard, p.slice) for p in store.ledger.partitions.all()]:
         with store.coordination.rows(shard).held() as lock:
+            if (
+                store.layout.remote
+            ):  # versions that others made; an unfinished file in a folder is somebody's to look at
+                store.layout.storage.sweep(store.layout.partition_key(shard, slice_))
             try:
                 _erase_restored(store, store.ledger.partitions.get(shard, slice_), lock)
             except DamagedError as error:
@@ -186,8 +188,7 @@ def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_]
 
 def remove_replays(store: OpenStore) -> None:
     """Remove what a replay retrained, running or killed, and what somebody was killed removing."""
-    if store.layout.scratch.exists():
-        remove(store.layout.scratch)
+    store.layout.storage.remove_all(SCRATCH_KEY)
     sweep_temporary(store.layout.root)
 
 
@@ -232,7 +233,7 @@ def _purged(store: OpenStore, request: Request) -> bool:
 
 def rows_damage(store: OpenStore, shard: int, slice_: int) -> DamagedError:
     """Return the error that says that a slice holds other rows than the ledger expects."""
-    folder = store.layout.partition(shard, slice_).relative_to(store.layout.root)
+    folder = store.layout.partition_key(shard, slice_)
     return DamagedError(
         f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
         hint=f"Restore the files under {folder} from a copy, then run `sisa repair`.",

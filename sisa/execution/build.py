@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sisa.errors import DamagedError, SisaError
 from sisa.execution.collect import Build, Collector
@@ -36,7 +35,8 @@ class Plan:
     shards: Sequence[int]
     code: str
     platform: str
-    checkpoints: Path
+    checkpoints: str
+    """Below which prefix of the store stages are looked for and written."""
     enter: bool = True
     """Enter stages into the ledger; a replay doesn't."""
     read_reused: bool = False
@@ -99,8 +99,8 @@ def _task(store: OpenStore, plan: Plan, execution: Execution, slices: list[Parti
     clean = [row for row in store.ledger.stages.all(shard) if not row.tainted and row.platform == plan.platform]
     known = {row.key: row.full_digest for row in clean}
     return ChainTask(
-        root=str(store.layout.root),
-        checkpoints=str(plan.checkpoints),
+        layout=store.layout,
+        checkpoints=plan.checkpoints,
         recipe=store.recipe,
         recipe_digest=store.recipe_digest,
         keys=shard_keys(store.keys.routing, shard),

@@ -66,18 +66,13 @@ def place_of(text: str | None, default: Path) -> Place:
 
     Args:
         text: What it says; None if it says nothing.
-        default: The file in the store.
+        default: The file in the store; or the one that the text names, for a store in object storage.
 
     Raises:
         UserError: It can't be used; the text isn't repeated, since it may hold a secret.
     """
-    if text is None:
+    if text is None or not is_postgres(text):
         return default
-    if not is_postgres(text):
-        raise UserError(
-            "ledger: expected a URL that begins with postgresql://",
-            hint="Leave the field out for the embedded ledger, a SQLite file in the store.",
-        )
     try:
         parts = urlsplit(text)
         password, _ = parts.password, parts.port

@@ -12,12 +12,14 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from sisa.checkpoints import CheckpointStore
 from sisa.checkpoints.manifest import parse_shard, shard_folder
 from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.files import TEMPORARY
 from sisa.ledger import STATES
 from sisa.ledger.sqlite import SqliteDatabase
 from sisa.opening import PARTS, OpenStore
+from sisa.proof.bucket import check_beside, check_bucket
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
 from sisa.records.partition import stray_files
@@ -32,6 +34,8 @@ HOLDER = re.compile(rb"(process \d{1,20})?")
 
 def check_files(store: OpenStore) -> list[str]:
     """Return what is wrong with the files of a store, rows and stages themselves excepted."""
+    if store.layout.remote:
+        return _check_remote(store)
     links = _links(store.layout.root)
     problems = [f"{_short(store, path)}: a symbolic link: what it points to is never erased" for path in links]
     for path in sorted(set(_strays(store)).difference(links)):
@@ -47,9 +51,23 @@ def check_files(store: OpenStore) -> list[str]:
             problems.append(f"{_short(store, path)}: {kind} file among the records")
     problems += [
         f"{_short(store, path)}: missing, so that a reader of Zarr doesn't find the stages; `sisa repair` writes it"
-        for path in store.checkpoints.missing_groups()
+        for path in _checkpoints(store).missing_groups()
     ]
     return problems + _stale_marks(store) + _open_secrets(store) + _added_text(store)
+
+
+def _check_remote(store: OpenStore) -> list[str]:
+    """The same for a store in object storage, whose locks and ledger lie on a disk."""
+    links = _links(store.layout.root)
+    problems = [f"{_short(store, path)}: a symbolic link: what it points to is never erased" for path in links]
+    strays = sorted({*_stray_locks(store), *_stray_journal(store)}.difference(links))
+    problems += [f"{_short(store, path)}: nobody answers for this" for path in strays if os.path.lexists(path)]
+    return problems + check_beside(store) + check_bucket(store) + _stale_marks(store)
+
+
+def _checkpoints(store: OpenStore) -> CheckpointStore:
+    assert isinstance(store.checkpoints, CheckpointStore)
+    return store.checkpoints
 
 
 def _left_behind(store: OpenStore, path: Path) -> str:
@@ -57,7 +75,7 @@ def _left_behind(store: OpenStore, path: Path) -> str:
 
     No command that makes such things runs beside this one, deletions excepted. They may hold rows or weights.
     """
-    layout, checkpoints = store.layout, store.checkpoints.root
+    layout, checkpoints = store.layout, _checkpoints(store).root
     if path == layout.incoming or path.parent == layout.corrections:
         left = path.is_dir()
     elif path.parent == layout.scratch:
@@ -95,7 +113,7 @@ def _strays(store: OpenStore) -> Iterator[Path]:
         yield layout.corrections
     for unused in (layout.root / "audit", layout.scratch):
         yield from unused.iterdir() if unused.is_dir() else [unused] if unused.exists() else []
-    yield from store.checkpoints.strays()
+    yield from _checkpoints(store).strays()
     yield from _stray_journal(store)
 
 
@@ -127,7 +145,7 @@ def _beginning(path: Path) -> bytes:
 
 def _stray_journal(store: OpenStore) -> list[Path]:
     """Look what lies under the name of SQLite's journal while nobody can be writing to the ledger."""
-    path = store.layout.ledger.with_name("ledger.db-journal")
+    path = store.layout.ledger.with_name(f"{store.layout.ledger_name}-journal")
     if path.is_dir():
         return [path]
     if (

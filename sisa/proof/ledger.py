@@ -55,7 +55,8 @@ def _other_form(store: OpenStore) -> list[str]:
 def _other_facts(store: OpenStore) -> list[str]:
     """A fact that nobody asks for may say anything."""
     names = {row["name"] for row in store.ledger.database.rows("SELECT name FROM facts")}
-    return ["ledger: facts has a line that no ledger has"] if names - FACTS else []
+    known = FACTS | {"claim"} if store.layout.remote else FACTS
+    return ["ledger: facts has a line that no ledger has"] if names - known else []
 
 
 def _other_footing(store: OpenStore) -> list[str]:

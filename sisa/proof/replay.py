@@ -11,7 +11,7 @@ from typing import Literal
 
 from sisa.execution.build import Plan, build
 from sisa.execution.options import Execution
-from sisa.files import make_folder, remove
+from sisa.layout import SCRATCH_KEY
 from sisa.learners.source import code_version
 from sisa.ledger import StageRow
 from sisa.opening import OpenStore
@@ -59,14 +59,12 @@ def run_replay(
         problem = f"replay: {NOT_BITWISE}: this process differs from the one that trained in {what}"
         return Replayed(NOT_BITWISE, [problem])
     shards = _chosen(store, replay)
-    scratch = store.layout.scratch / secrets.token_hex(8)
-    make_folder(scratch)
+    scratch = f"{SCRATCH_KEY}/{secrets.token_hex(8)}"
     try:
         plan = Plan(shards=shards, code=code, platform=platform, checkpoints=scratch, enter=False)
         done = build(store, plan, execution=execution, reporter=reporter, what="replaying")
     finally:
-        if store.layout.scratch.exists():
-            remove(store.layout.scratch)
+        store.layout.storage.remove_all(SCRATCH_KEY)
     problems = [f"replay of shard {shard}: {error.message}" for shard, error in sorted(done.failures.items())]
     problems += [f"replay of shard {shard}: stopped by a deletion" for shard in sorted(done.interrupted)]
     problems += [

@@ -1,7 +1,7 @@
 """The frozen description of a training: what the user writes, validated all at once."""
 
 from sisa.recipe.identity import difference, recipe_digest, training_identity
-from sisa.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from sisa.recipe.loading import dump_recipe, load_recipe, parse_recipe, read_recipe
 from sisa.recipe.schema import (
     BUILTIN_MODELS,
     AggregationSpec,
@@ -40,6 +40,7 @@ __all__ = [
     "label_text",
     "load_recipe",
     "parse_recipe",
+    "read_recipe",
     "recipe_digest",
     "training_identity",
 ]

@@ -96,11 +96,21 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(
             f"config {str(path)!r} can't be read: {reason}", hint="Give the path of a YAML file."
         ) from error
+    return read_recipe(text, overrides=overrides, source=str(path))
+
+
+def read_recipe(text: str, *, overrides: Sequence[str] = (), source: str) -> Recipe:
+    """Read a recipe from YAML.
+
+    Raises:
+        RecipeError: Fields are wrong; all of them are listed.
+        UserError: It isn't YAML.
+    """
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"config {str(path)!r} is not valid YAML: {_yaml_reason(error)}") from error
-    return parse_recipe(content, overrides=overrides, source=str(path))
+        raise UserError(f"config {source!r} is not valid YAML: {_yaml_reason(error)}") from error
+    return parse_recipe(content, overrides=overrides, source=source)
 
 
 def parse_recipe(content: object, *, overrides: Sequence[str] = (), source: str = "the recipe") -> Recipe:

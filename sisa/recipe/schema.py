@@ -367,17 +367,22 @@ class RoutingSpec(Section):
     """Where the secret behind the routing comes from."""
 
     key_file: str | None = None
-    """File with the key; if null one is made at STORE/keys/routing.key."""
+    """File with the key; if null one is made at STORE/keys/routing.key. A store in object storage keeps no secret: it
+    needs a file, which stays where it is."""
+    exclusion_key_file: str | None = None
+    """File with the key behind the memory of who was deleted; if null one is made at STORE/keys/exclusion.key. Only for a
+    store in object storage, which needs it."""
 
 
 class Recipe(Section):
     """Everything that a training is asked to be."""
 
     store: str | None = None
-    """Where the trained ensemble lies; no part of its identity."""
+    """Where the trained ensemble lies: a folder, or s3://BUCKET/PREFIX; no part of its identity."""
     ledger: str | None = None
-    """Where the store remembers what happened: a ``postgresql://`` URL without a password; by default, a file in the
-    store. No part of the training's identity; kept in the store's recipe, with the name of the store's schema."""
+    """Where the store remembers what happened: a ``postgresql://`` URL without a password; or, for a store in object
+    storage, a file on a local disk, in a folder of its own. By default a file in the store, which only a folder can have.
+    No part of the training's identity; kept in the store's recipe, with the name of the store's schema."""
     data: DataSpec
     model: ModelSpec
     training: TrainingSpec

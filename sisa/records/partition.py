@@ -1,9 +1,9 @@
-"""The rows of one slice on disk: one Parquet file, written whole or not at all, verified on each read.
+"""The rows of one slice: one Parquet file, written whole or not at all, verified on each read.
 
 Invariants:
 
 * A partition is ``part-00000.parquet`` in its folder, or nothing if it has no rows. One file, so that rows
-  leave it in one durable rename, and only the old or the new membership can ever be read.
+  leave it in one durable replacement, and only the old or the new membership can ever be read.
 * Pages carry checksums that are verified; every row carries the keyed digest of its content, which is
   recomputed. A damaged row is an error with a name, never trained on as if it were a correction.
 * The whole file carries a seal (:mod:`sisa.records.seal`), which is verified when all of its rows are read.
@@ -15,11 +15,12 @@ Shape suffixes: N records, 16 bytes of a digest.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +28,14 @@ import pyarrow.parquet as papq
 from numpy.typing import NDArray
 
 from sisa.errors import DamagedError, StoreError
-from sisa.files import fsync_path, make_folder, remove, replacing
-from sisa.layout import Layout, all_slices
+from sisa.layout import RECORDS_KEY, Layout, all_slices
 from sisa.lineage import canonical_order, membership
 from sisa.recipe import Recipe
 from sisa.records.digest import DIGEST_BYTES, Digests, content_digests, id_digests
 from sisa.records.names import CONTENT, LABEL, RECORD, SUBJECT
 from sisa.records.seal import check_seal, seal
 from sisa.routing.keys import ShardKeys
+from sisa.storage import Storage
 
 FILE = "part-00000.parquet"
 _CONTENT_TYPE = pa.binary(DIGEST_BYTES)
@@ -53,8 +54,13 @@ class PartitionRows:
 
 
 def partition_file(layout: Layout, shard: int, slice_: int) -> Path:
-    """Return the path of the file with a partition's rows."""
+    """Return the path of the file with a partition's rows, in a local store."""
     return layout.partition(shard, slice_) / FILE
+
+
+def partition_key(layout: Layout, shard: int, slice_: int) -> str:
+    """Return the key of the file with a partition's rows."""
+    return f"{layout.partition_key(shard, slice_)}/{FILE}"
 
 
 def read_partition(layout: Layout, recipe: Recipe, keys: ShardKeys, shard: int, slice_: int) -> PartitionRows:
@@ -72,22 +78,22 @@ def read_partition(layout: Layout, recipe: Recipe, keys: ShardKeys, shard: int, 
     Raises:
         DamagedError: The file is unreadable, or a row isn't what was written.
     """
-    path = partition_file(layout, shard, slice_)
-    table = _read(path)
+    key = partition_key(layout, shard, slice_)
+    table = _read(layout.storage, key)
     if table is None:
         empty = np.empty((0, DIGEST_BYTES), np.uint8)
         return PartitionRows(_no_rows(recipe), empty, empty, membership(empty, empty))
     problem = _schema_problem(table.schema, recipe)
     if problem:
-        raise _damaged(path, problem)
+        raise _damaged(key, problem)
     try:
         ids_N16 = id_digests(keys, table[RECORD])
         contents_N16 = content_digests(keys, table, recipe)
         stored_N16 = _stored_digests(table[CONTENT])
     except (pa.ArrowException, ValueError, IndexError) as error:
-        raise _damaged(path, "its rows can't be decoded") from error
+        raise _damaged(key, "its rows can't be decoded") from error
     if not np.array_equal(contents_N16, stored_N16):
-        raise _damaged(path, "the content of a row is not what was written")
+        raise _damaged(key, "the content of a row is not what was written")
     order = canonical_order(ids_N16)
     ids_N16, contents_N16 = ids_N16[order], contents_N16[order]
     ordered = table.drop_columns([CONTENT]).take(pa.array(order)).combine_chunks()
@@ -100,17 +106,17 @@ def present_ids(layout: Layout, shard: int, slice_: int) -> tuple[pa.StringArray
     Raises:
         DamagedError: The file is unreadable, or its pages don't fit their checksums.
     """
-    path = partition_file(layout, shard, slice_)
-    table = _read(path, columns=[RECORD, SUBJECT])
+    key = partition_key(layout, shard, slice_)
+    table = _read(layout.storage, key, columns=[RECORD, SUBJECT])
     if table is None:
         return pa.array([], pa.string()), pa.array([], pa.string())
     if table.schema.names != [RECORD, SUBJECT] or any(type_ != pa.string() for type_ in table.schema.types):
-        raise _damaged(path, "it has no columns of ids")
+        raise _damaged(key, "it has no columns of ids")
     records, subjects = (
         pa.concat_arrays([*table[name].chunks, pa.array([], pa.string())]) for name in (RECORD, SUBJECT)
     )
     if records.null_count or subjects.null_count:
-        raise _damaged(path, "ids are missing")
+        raise _damaged(key, "ids are missing")
     return records, subjects
 
 
@@ -120,12 +126,12 @@ def present_contents(layout: Layout, shard: int, slice_: int) -> tuple[pa.String
     Raises:
         DamagedError: The file is unreadable, or its pages don't fit their checksums.
     """
-    path = partition_file(layout, shard, slice_)
-    table = _read(path, columns=[RECORD, CONTENT])
+    key = partition_key(layout, shard, slice_)
+    table = _read(layout.storage, key, columns=[RECORD, CONTENT])
     if table is None:
         return pa.array([], pa.string()), np.empty((0, DIGEST_BYTES), np.uint8)
     if table.schema.names != [RECORD, CONTENT] or table.schema.types != [pa.string(), _CONTENT_TYPE]:
-        raise _damaged(path, "it has no columns of ids and digests")
+        raise _damaged(key, "it has no columns of ids and digests")
     return pa.concat_arrays([*table[RECORD].chunks, pa.array([], pa.string())]), _stored_digests(table[CONTENT])
 
 
@@ -148,21 +154,18 @@ def rewrite_partition(layout: Layout, shard: int, slice_: int, keep_N: NDArray[n
     """
     if keep_N.shape != (rows.table.num_rows,):
         raise ValueError(f"{rows.table.num_rows} rows, but {keep_N.shape} decisions")
-    path = partition_file(layout, shard, slice_)
+    key = partition_key(layout, shard, slice_)
     if not keep_N.any():
-        remove(path)
-        with contextlib.suppress(OSError):  # something else lies there, which `stray_files` reports
-            path.parent.rmdir()
-            fsync_path(path.parent.parent)
+        layout.storage.remove(key)
         return
     kept = with_contents(rows.table.filter(pa.array(keep_N)), rows.content_digests_N16[keep_N])
+    file = io.BytesIO()
+    write_rows(file, [kept])
     try:
-        make_folder(path.parent)
-        with replacing(path) as scratch:
-            write_rows(scratch, [kept])
+        layout.storage.put(key, file.getbuffer())
     except OSError as error:
         raise StoreError(
-            f"partition {_name(path)!r} can't be rewritten: {error.strerror or error}",
+            f"partition {_name(key)!r} can't be rewritten: {error.strerror or error}",
             hint="Make room or give permission, then run `sisa repair`: until then the old rows are still there.",
         ) from error
 
@@ -175,7 +178,7 @@ def with_contents(table: pa.Table, contents_N16: Digests) -> pa.Table:
     )
 
 
-def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
+def write_rows(file: Path | BinaryIO, tables: Iterable[pa.Table]) -> None:
     """Write tables of one schema, each as row groups of a sealed file. Not durable by itself."""
     writer: papq.ParquetWriter | None = None
     try:
@@ -183,7 +186,7 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
             if writer is None:
                 texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
                 writer = papq.ParquetWriter(
-                    path,
+                    file,
                     table.schema,
                     compression="zstd",
                     use_dictionary=[name for name in texts if name not in {RECORD, SUBJECT}],
@@ -196,15 +199,22 @@ def write_rows(path: Path, tables: Iterable[pa.Table]) -> None:
         if writer is not None:
             writer.close()
     if writer is not None:
-        seal(path)
+        seal(file)
 
 
 def stray_files(layout: Layout, shards: int, slices: int, *, generations: int = 0) -> list[Path]:
-    """List everything under the records that is no part of a store with so many shards and slices."""
+    """List everything under the records that is no part of a local store with so many shards and slices."""
     numbers = all_slices(slices=slices, generations=generations)
     expected = {partition_file(layout, shard, slice_) for shard in range(shards) for slice_ in numbers}
     folders = {folder for path in expected for folder in path.parents}
     return sorted(path for path in _walk(layout.records) if path not in expected and path not in folders)
+
+
+def stray_keys(layout: Layout, shards: int, slices: int, *, generations: int = 0) -> list[str]:
+    """List every key under the records that is no part of a store with so many shards and slices."""
+    numbers = all_slices(slices=slices, generations=generations)
+    expected = {partition_key(layout, shard, slice_) for shard in range(shards) for slice_ in numbers}
+    return [key for key in layout.storage.keys(RECORDS_KEY) if key not in expected]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -212,18 +222,19 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(path, name) for name in [*folders, *files])
 
 
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table | None:
-    """Read a partition's file with its checksums verified; None if its folder holds no rows."""
+def _read(storage: Storage, key: str, columns: list[str] | None = None) -> pa.Table | None:
+    """Read a partition's file with its checksums verified; None if there is none: it holds no rows."""
     try:
-        if columns is None:  # who reads two columns of all slices can't wait for the rest of their bytes
-            check_seal(path)
-        with papq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            table = file.read(columns=columns, use_threads=False)
+        with storage.opened(key) as stream:
+            if columns is None:  # who reads two columns of all slices can't wait for the rest of their bytes
+                check_seal(stream)
+            with papq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False) as file:
+                table = file.read(columns=columns, use_threads=False)
         table.validate(full=True)
     except FileNotFoundError:  # also if its last rows were erased this very moment
         return None
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise _damaged(path, "it is unreadable, or its bytes don't fit its checksums") from error
+        raise _damaged(key, "it is unreadable, or its bytes don't fit its checksums") from error
     return table
 
 
@@ -268,12 +279,12 @@ def _no_rows(recipe: Recipe) -> pa.Table:
     return pa.table({name: pa.array([], type_) for name, type_ in chosen.items()})
 
 
-def _name(path: Path) -> str:
-    return str(Path(*path.parts[-3:]))
+def _name(key: str) -> str:
+    return "/".join(key.split("/")[-3:])
 
 
-def _damaged(path: Path, reason: str) -> DamagedError:
+def _damaged(key: str, reason: str) -> DamagedError:
     return DamagedError(
-        f"partition {_name(path)!r} is damaged: {reason}",
+        f"partition {_name(key)!r} is damaged: {reason}",
         hint="Rows can't be retrained: restore the file from a copy, then run `sisa repair`.",
     )

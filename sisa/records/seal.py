@@ -19,32 +19,35 @@ _ENDING_BYTES = 8
 """The footer's length in four bytes, and PAR1."""
 
 
-def seal(path: Path) -> None:
+def seal(file: Path | BinaryIO) -> None:
     """Seal a file that was just written; not durable by itself.
 
     Raises:
         ValueError: It isn't a Parquet file.
     """
-    with path.open("r+b") as stream:
-        start, tail = _footer(stream)
-        digest = _digest(stream, start, tail)
-        stream.seek(start)
-        stream.write(digest + tail)
+    if isinstance(file, Path):
+        with file.open("r+b") as stream:
+            seal(stream)
+        return
+    start, tail = _footer(file)
+    digest = _digest(file, start, tail)
+    file.seek(start)
+    file.write(digest + tail)
 
 
-def check_seal(path: Path) -> None:
-    """Verify every byte of a sealed file.
+def check_seal(stream: BinaryIO) -> None:
+    """Verify every byte of a sealed file, and go back to its start.
 
     Raises:
         ValueError: It isn't what was sealed.
     """
-    with path.open("rb") as stream:
-        start, tail = _footer(stream)
-        if start < SEAL_BYTES:
-            raise ValueError("there is no room for a seal")
-        stream.seek(start - SEAL_BYTES)
-        if stream.read(SEAL_BYTES) != _digest(stream, start - SEAL_BYTES, tail):
-            raise ValueError("the seal is another file's")
+    start, tail = _footer(stream)
+    if start < SEAL_BYTES:
+        raise ValueError("there is no room for a seal")
+    stream.seek(start - SEAL_BYTES)
+    if stream.read(SEAL_BYTES) != _digest(stream, start - SEAL_BYTES, tail):
+        raise ValueError("the seal is another file's")
+    stream.seek(0)
 
 
 def _footer(stream: BinaryIO) -> tuple[int, bytes]:

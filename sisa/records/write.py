@@ -2,9 +2,10 @@
 
 In order: batches are collected until they fill a budget; each fill is sorted by partition and spooled as one
 run, a record batch for each partition; then each partition is put together from its pieces of all runs
-and written as one file. Everything happens in a folder of its own, which takes the records' place in
-one durable rename at the end. Killed at any instant this leaves the old records or the new ones, and
-perhaps ``tmp-records``, which the next attempt removes.
+and written as one file. Everything happens in a folder of its own on a local disk, which takes the records'
+place in one durable rename at the end. Killed at any instant this leaves the old records or the new ones, and
+perhaps ``tmp-records``, which the next attempt removes. To object storage the files are uploaded at the end instead:
+killed meanwhile it leaves some of them, which the next attempt removes.
 
 One file is open for writing at a time, whatever the number of partitions. Memory holds the budget about
 three times, one partition's piece of a run, and 32 bytes a record of the partition being written.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,8 @@ import pyarrow as pa
 import pyarrow.ipc as paipc
 from numpy.typing import NDArray
 
-from sisa.files import TEMPORARY, make_folder, publish_folder, remove, sweep_temporary
-from sisa.layout import HOLDOUT_SLICE, Layout
+from sisa.files import make_folder, publish_folder, remove, sweep_temporary
+from sisa.layout import HOLDOUT_SLICE, RECORDS_KEY, Layout
 from sisa.lineage import membership
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Arrivals, Intake, Progress, arrivals
@@ -35,6 +37,8 @@ from sisa.routing.keys import ShardKeys, shard_keys
 
 BUDGET_BYTES = 192 * 2**20
 """Rows collected before they are sorted and spooled."""
+UPLOADS = 8
+"""Files on their way to object storage at a time."""
 PIECE_ROWS = 262_144
 """Rows of a piece that are digested and written at a time."""
 
@@ -75,7 +79,7 @@ def write(
         SourceError: The sources changed since they were scanned; the store's records are as they were.
     """
     sweep_temporary(layout.root)  # of killed attempts: they hold people's rows
-    scratch = Layout(layout.root / f"{TEMPORARY}records")
+    scratch = Layout(layout.spool)
     make_folder(scratch.records)
     told = Told(on_progress)
     try:
@@ -89,13 +93,30 @@ def write(
                 for keys in (shard_keys(routing_key, shard) for shard in range(intake.router.shards))
                 for slice_ in range(HOLDOUT_SLICE, intake.router.slices + 1)
             ]
-        if layout.records.exists():
-            remove(layout.records)
-        publish_folder(scratch.records, layout.records)
+        _publish(scratch, layout)
         told.end()
     finally:
         remove(scratch.root)
     return counts
+
+
+def _publish(scratch: Layout, layout: Layout) -> None:
+    """Put the new records in the place of the old."""
+    if not layout.remote:
+        if layout.records.exists():
+            remove(layout.records)
+        publish_folder(scratch.records, layout.records)
+        return
+    storage = layout.storage
+    storage.remove_all(RECORDS_KEY)  # killed from here on it leaves some: the ingest is open still, and begins again
+
+    def upload(path: Path) -> None:
+        storage.put_file(path.relative_to(scratch.root).as_posix(), path)
+        path.unlink()
+
+    with ThreadPoolExecutor(UPLOADS) as pool:
+        for _ in pool.map(upload, sorted(scratch.records.rglob("*.parquet"))):
+            pass
 
 
 def _write_partition(

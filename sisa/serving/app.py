@@ -62,7 +62,7 @@ class Service:
     def __init__(self, serving: Serving) -> None:
         opened = open_store(serving.layout)
         self.serving = serving
-        self.name = serving.layout.root.name
+        self.name = serving.layout.name
         self.recipe = opened.recipe
         self.asks_a_server = opened.ledger.database.remote
         opened.close()

@@ -26,7 +26,7 @@ def overview(store: OpenStore, *, lease_s: float) -> dict[str, Any]:
         waiting = ledger.requests.open()
         requests = [described(request) for request in ledger.requests.newest(MOST)]
         return {
-            "store": store.layout.root.name,
+            "store": store.layout.name,
             "now": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **summary(store),
             "classes": store.classes,

@@ -94,7 +94,7 @@ class Repairer:
             return frozenset({"unknown"})
 
     def _repair(self) -> bool:
-        command = [sys.executable, "-m", "sisa", "repair", "--store", str(self._layout.root), "--json", *self._words]
+        command = [sys.executable, "-m", "sisa", "repair", "--store", self._layout.uri, "--json", *self._words]
         with self._starting:
             if self._stopping.is_set():
                 return False

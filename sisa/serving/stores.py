@@ -38,4 +38,6 @@ class ThreadStores:
 
 def without_path(text: str, layout: Layout) -> str:
     """Return a message without where the store lies: what is answered and logged is for others too."""
-    return text.replace(str(layout.root), "the store")
+    for place in filter(None, (layout.remote, str(layout.root))):
+        text = text.replace(place, "the store")
+    return text

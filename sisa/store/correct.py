@@ -67,6 +67,11 @@ def correct(
     """
     started = time.monotonic()
     opened = store.opened
+    if opened.layout.remote:
+        raise UserError(
+            "--store: correcting a store in object storage is not supported yet; nothing was changed",
+            hint="Delete the row, and keep a store that is to be corrected in a folder.",
+        )
     if not opened.ledger.ingested:
         raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
     execution.check()

@@ -49,6 +49,11 @@ def add(store: Store, source: str, *, defer: bool, execution: Execution, reporte
     """
     started = time.monotonic()
     opened = store.opened
+    if opened.layout.remote:
+        raise UserError(
+            "--store: adding to a store in object storage is not supported yet; nothing was changed",
+            hint="Keep a store that grows in a folder.",
+        )
     if not opened.ledger.ingested:
         raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
     execution.check()

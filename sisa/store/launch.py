@@ -32,6 +32,7 @@ from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
+from sisa.remote import layout_for
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import require_same
 from sisa.store.refit import calibration_rows
@@ -70,7 +71,7 @@ def train(
     place = store if store is not None else asked.store
     if place is None:
         raise UserError("store: missing", hint="Name it in the recipe (store: runs/name) or give --store.")
-    layout = Layout.at(place)
+    layout = layout_for(place, asked)
     place_of(asked.ledger, layout.ledger)  # refused before anything else, since it may hold a secret
     reporter = reporter or Silent()
     execution = Execution(
@@ -131,7 +132,7 @@ def _same_recipe(opened: OpenStore, resolved: Recipe) -> None:
     if differences:
         raise RecipeError(
             differences,
-            source=f"the store {str(opened.layout.root)!r} was trained under another recipe; this one",
+            source=f"the store {opened.layout.uri!r} was trained under another recipe; this one",
             hint="Train into another store, or go back to the stored recipe (recipe.yaml in the store).",
         )
 
@@ -295,7 +296,7 @@ def _summary(store: Store, version: int, done: Repair, *, started: float, missin
     opened = store.opened
     partitions = opened.ledger.partitions.all()
     return Training(
-        store=str(opened.layout.root),
+        store=opened.layout.uri,
         version=version,
         records=sum(p.records for p in partitions if not is_held_out(p.slice)),
         subjects=sum(p.subjects for p in partitions if not is_held_out(p.slice)),

@@ -11,9 +11,9 @@ from sisa import opening
 from sisa.deletion.accept import Accepted, accept
 from sisa.deletion.settle import settle, settle_all
 from sisa.errors import DamagedError, StoreError, UserError
-from sisa.layout import Layout
 from sisa.ledger import STATES
 from sisa.progress import Reporter, Silent
+from sisa.remote import locate
 from sisa.routing.ids import id_text
 from sisa.store.results import Addition, Correction, Deletion, Metrics, Repaired, Training
 from sisa.store.status import status
@@ -47,7 +47,7 @@ class Store:
         self._live: LiveEnsemble | None = None
 
     def __repr__(self) -> str:
-        return f"Store({str(self.opened.layout.root)!r}, version={self.version})"
+        return f"Store({self.opened.layout.uri!r}, version={self.version})"
 
     def close(self) -> None:
         """Close the ledger."""
@@ -478,7 +478,7 @@ def open_store(uri: str | Path) -> Store:
         UserError: There is no store.
         DamagedError: A part of it is missing or unreadable.
     """
-    return Store(opening.open_store(Layout.at(uri)))
+    return Store(opening.open_store(locate(uri)))
 
 
 def _execution(executor: str, address: str | None, workers: int | None) -> Execution:

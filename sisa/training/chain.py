@@ -9,8 +9,8 @@ that a lost worker left in the middle of it. In order:
 3. keys of stages 1..R follow from the memberships that the ledger expects;
 4. before a stage trains, the rows of its slices are read back and must be exactly those.
 
-A worker needs the store's folder, its shard's derived keys and its shard's lock, and nothing else: no table of the
-ledger, no other shard.
+A worker needs the store's folder (or its URI, and credentials of its own), its shard's derived keys and its shard's
+lock, and nothing else: no table of the ledger, no other shard.
 
 A lock on a server can be lost. Then the stage that is being trained is not written, and one that was just written is
 not reported: whoever holds the lock by now decides what stays.
@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sisa.checkpoints import CheckpointStore, Manifest, SnapshotId, StageId
+from sisa.checkpoints import Manifest, SnapshotId, StageId, checkpoints_at
 from sisa.coordination import Held, HeldElsewhere, coordination_at
 from sisa.errors import DamagedError, FootingError, SisaError, StaleError
 from sisa.layout import Layout
@@ -53,10 +53,10 @@ from sisa.training.together import Together, task_data
 class ChainTask:
     """Everything that a worker is told."""
 
-    root: str
-    """The store's folder."""
+    layout: Layout
+    """Where the store lies: names alone; credentials for object storage are the worker's own."""
     checkpoints: str
-    """Where stages are looked for and written: the store's own, or a scratch place for a replay."""
+    """Below which prefix stages are looked for and written: the store's own, or a scratch place for a replay."""
     recipe: Recipe
     recipe_digest: str
     keys: ShardKeys
@@ -110,7 +110,7 @@ def run_chain(task: ChainTask, report: Report) -> None:
         FootingError: This process runs other code or another platform than the chain's.
         LostLockError: Somebody else may be at this shard by now.
     """
-    layout = Layout(Path(task.root))
+    layout = task.layout
     coordination = coordination_at(layout, place_of(task.ledger, layout.ledger))
     with contextlib.closing(coordination), coordination.shard(task.shard).held() as lock:
 
@@ -133,7 +133,7 @@ def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
         FootingError: This process runs other code or another platform than the chain's.
     """
     _check_footing(task)
-    return _Chain(task, Layout(Path(task.root)), lambda: False, lambda _: None, HeldElsewhere()).inputs(stage)
+    return _Chain(task, task.layout, lambda: False, lambda _: None, HeldElsewhere()).inputs(stage)
 
 
 class _Chain:
@@ -147,7 +147,7 @@ class _Chain:
         self._stopped = stopped
         self._report = report
         self._lock = lock
-        self._checkpoints = CheckpointStore(Path(task.checkpoints))
+        self._checkpoints = checkpoints_at(task.layout.uri, task.checkpoints)
         self._keys = chain_keys(task)
         self._together = Together(task.recipe)
         self._rows: list[Columns] = []

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from sisa.errors import SisaError
+from sisa.layout import Layout
 from sisa.recipe import parse_recipe
 from sisa.routing.keys import ShardKeys
 from sisa.state import full_digest
@@ -85,6 +86,7 @@ def _task_from(data: dict[str, Any]) -> ChainTask:
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     given["recipe"] = parse_recipe(yaml.safe_load(data["recipe"]))
     given["keys"] = ShardKeys(keys["shard"], bytes.fromhex(keys["order"]), bytes.fromhex(keys["digest"]))
+    given["layout"] = Layout(**{**data["layout"], "root": Path(data["layout"]["root"])})
     return ChainTask(**given)
 
 

@@ -32,7 +32,8 @@ class Provenance:
 class Recovery:
     """The snapshots of one stage while it trains."""
 
-    snapshots: Snapshots
+    snapshots: Snapshots | None
+    """None where none are kept."""
     stage_id: StageId
     report: Report
     seconds_before: float = 0.0
@@ -40,6 +41,8 @@ class Recovery:
 
     def find(self, *, records: int, batch_size: int) -> StageState | None:
         """Return the newest state of the stage that is whole, or None; damaged ones are discarded, with a word."""
+        if self.snapshots is None:
+            return None
         for snapshot_id in reversed(self.snapshots.of_stage(self.stage_id)):
             try:
                 manifest, amid = self.snapshots.load(snapshot_id)
@@ -57,7 +60,8 @@ class Recovery:
 
     def keeping(self, every_s: float | None, said: Provenance, *, stopped: Callable[[], bool]) -> Keeping | None:
         """Return how the stage's state is kept while it trains; None if it isn't."""
-        if every_s is None:
+        snapshots = self.snapshots
+        if every_s is None or snapshots is None:
             return None
         started = time.monotonic()
         failed: list[bool] = []
@@ -66,7 +70,7 @@ class Recovery:
             if stopped():  # its rows may be about to be erased: nothing of them reaches the disk any more
                 raise Stopped(f"{self.stage_id} was stopped while it trained")
             try:
-                self.snapshots.write(
+                snapshots.write(
                     SnapshotId(self.stage_id, step),
                     amid,
                     parent_key=said.parent_key,
@@ -86,5 +90,7 @@ class Recovery:
 
     def discard(self) -> None:
         """Remove what is there of the stage: it lies in the store as a whole."""
+        if self.snapshots is None:
+            return
         for snapshot_id in self.snapshots.of_stage(self.stage_id):
             self.snapshots.remove(snapshot_id)

@@ -1,0 +1,71 @@
+"""Checking a store in object storage: every key is somebody's, and no version of anything else is kept.
+
+A listing of all versions is what proves that an erasure was one: what a bucket keeps of an erased key, a reader of the
+key never sees. What the bucket's owner copies elsewhere (replication, backups, access logs) no listing shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sisa.checkpoints.objects import ObjectCheckpoints
+from sisa.files import TEMPORARY
+from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY
+from sisa.opening import OpenStore
+from sisa.records.partition import stray_keys
+from sisa.remote import is_beside, open_to_all, recipe_text
+
+LEFT = "left by a command that was killed; `sisa repair` removes it"
+FOLDERS = (f"{RECORDS_KEY}/", f"{CHECKPOINTS_KEY}/")
+NOBODYS = "nobody answers for this object"
+
+
+def check_bucket(store: OpenStore) -> list[str]:
+    """Return what is wrong with the objects of a store, rows and stages themselves excepted."""
+    storage = store.layout.storage
+    problems = [f"{key}: {fault}" for key, fault in _strays(store)]
+    problems += [f"{line}; `sisa repair` erases it where it is the store's" for line in storage.hidden("")]
+    problems += [
+        f"{key}: missing, so that a reader of Zarr doesn't find the stages; `sisa repair` writes it"
+        for key in _checkpoints(store).missing_groups()
+    ]
+    claim = store.ledger.fact("claim") or ""
+    if storage.read(RECIPE_KEY) != recipe_text(store.recipe, claim):
+        problems.append(f"{RECIPE_KEY}: it is not, to the letter, the file that `sisa train` wrote")
+    return problems
+
+
+def check_beside(store: OpenStore) -> list[str]:
+    """Return what is wrong with the folder of the ledger and with the key files, locks and marks excepted."""
+    layout = store.layout
+    problems = []
+    for path in sorted(layout.root.iterdir()):
+        if path.name.startswith(TEMPORARY):
+            problems.append(f"{path.name} beside the ledger: {LEFT}")
+        elif not is_beside(layout, path.name):
+            problems.append(f"{path.name} beside the ledger: nobody answers for this")
+    routing = store.recipe.routing
+    for name, file in (("key_file", routing.key_file), ("exclusion_key_file", routing.exclusion_key_file)):
+        fault = open_to_all(Path(file or ""))
+        if fault:
+            problems.append(f"routing.{name}: {fault}")
+    return problems
+
+
+def _strays(store: OpenStore) -> Iterator[tuple[str, str]]:
+    for key in store.layout.storage.keys(""):
+        part = key.split("/")[0]
+        if part == SCRATCH_KEY:
+            yield key, LEFT
+        elif key != RECIPE_KEY and not key.startswith(FOLDERS):
+            yield key, NOBODYS
+    for key in stray_keys(store.layout, store.shards, store.slices, generations=store.generations):
+        yield key, "unknown file among the records"
+    for key in _checkpoints(store).strays():
+        yield key, NOBODYS
+
+
+def _checkpoints(store: OpenStore) -> ObjectCheckpoints:
+    assert isinstance(store.checkpoints, ObjectCheckpoints)
+    return store.checkpoints
