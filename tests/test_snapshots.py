@@ -264,7 +264,7 @@ def _stage_order(names: list[str]) -> Iterator[tuple[str, int, int]]:
     """(what, which stage, number of the operation) of each rename into place."""
     entered = 0
     for number, name in enumerate(names):
-        if name == "rename in checkpoints.stage.write_stage":
+        if name == "rename in checkpoints.stage.publish":
             yield "snapshot", entered, number
         if name == "COMMIT in ledger.stages.enter_all":
             entered += 1

@@ -20,8 +20,8 @@ def migrate(store: str, as_json: bool) -> None:
     Example:
       sisa migrate --store runs/adult
     """
-    from sisa.remote import locate
     from sisa.opening import migrate_ledger
+    from sisa.remote import locate
 
     schema = migrate_ledger(locate(store))
     if as_json:
