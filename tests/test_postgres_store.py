@@ -19,6 +19,7 @@ import pytest
 from postgres_kit import WORKER, Server, running
 
 import sisa.opening
+from sisa.checkpoints import CheckpointStore
 from sisa.cli.main import run
 from sisa.deletion import settle as settling
 from sisa.errors import DamagedError, LostError, LostLockError, RecipeError, StoreError, UserError
@@ -242,7 +243,7 @@ def test_a_stage_whose_lock_was_lost_is_not_told_and_does_not_stay(
 ) -> None:
     store.delete(subjects=[people[1, 1][0]], defer=True)
     expected = store.opened.ledger.stages.all()
-    real_train, real_write, lost = chain.train_stage, chain.CheckpointStore.write, []
+    real_train, real_write, lost = chain.train_stage, CheckpointStore.write, []
 
     def lose() -> None:
         if not lost:
@@ -265,7 +266,7 @@ def test_a_stage_whose_lock_was_lost_is_not_told_and_does_not_stay(
 
     with monkeypatch.context() as patch:
         patch.setattr(chain, "train_stage", train_stage)
-        patch.setattr(chain.CheckpointStore, "write", write)
+        patch.setattr(CheckpointStore, "write", write)
         with pytest.raises(LostLockError, match="shard-0001 was lost"):
             store.repair(executor="inline")
     assert lost == [1]
