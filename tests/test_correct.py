@@ -390,3 +390,42 @@ def test_rows_that_wait_are_removed_when_they_are_merged(world: World, folder: P
     store.correct(source_of(world, world.some), defer=True)
     assert all(len(values) == 1 for values in said(root_of(store)).values())
     assert list(store.opened.layout.corrections.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["lost", "changed"])
+def test_rows_that_wait_and_are_lost_are_no_empty_correction(world: World, folder: Path, how: str) -> None:
+    """Nobody else has them: a repair that took them for none would lose the records, and say that all is done."""
+    record = world.records[0, 1][0]
+    root = root_of(world.copy(folder / "store"))
+    kit.killed_before(
+        correct, root, source_of(world, [record]), root=root, stop_at="COMMIT in ledger.partitions.prepare_erasure"
+    )
+    (waiting,) = (root / "corrections").rglob("*.parquet")
+    content = waiting.read_bytes()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    waiting.unlink()
+    if how == "changed":
+        waiting.write_bytes(changed)
+    store = kit.reopened(root)
+    with pytest.raises(DamagedError, match=r"corrections/cor-.*the rows that wait .* are (lost|damaged)"):
+        store.repair(executor="inline")
+    assert any("corrections/cor-" in problem for problem in store.verify(executor="inline").problems)
+    waiting.write_bytes(content)
+    store.repair(executor="inline")
+    assert len(said(root)[record]) == 1
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_a_correction_waits_for_replicas_as_a_deletion_does(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    store.opened.ledger.replicas.register("dead", lease_s=0.2)
+    store.correct(source_of(world, [world.records[0, 1][0]]), defer=True)
+    assert store.opened.ledger.replicas.all() == []  # its lease was waited out
+
+
+def test_a_reason_is_one_line_of_text(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    with pytest.raises(UserError, match="one line of text"):
+        store.correct(source_of(world, [world.records[0, 1][0]]), reason="a\x1b[2J", defer=True)
+    assert store.status()["requests"] == []

@@ -422,9 +422,37 @@ class TestBucket(Life):
             sisa.train(asked, executor="inline")
         assert everything(self.server, self.bucket) == {}
 
-    def test_a_ledger_on_a_server_is_not_supported_yet(self) -> None:
-        with pytest.raises(UserError, match="ledger"):
-            sisa.train(self.recipe(ledger="mysql://host/name"), executor="inline")
+    def test_a_ledger_on_a_server_leaves_nothing_on_this_host(
+        self, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Then any host with the keys can do anything: rows are spooled on one for a moment, and nothing else."""
+        for host in ("one", "two"):
+            monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / host))
+            asked = self.recipe(ledger=postgres_url)
+            if host == "one":
+                store = sisa.train(asked, executor="inline")
+                assert state(store) == state(self.elsewhere(PEOPLE))
+            else:
+                store = sisa.open_store(asked["store"])
+                store.delete(subjects=[PERSON], executor="inline")
+                assert state(store) == state(self.elsewhere(self.without(PERSON)))
+                assert store.verify(replay="all", executor="inline").problems == []
+                assert sisa.train(asked, executor="inline").training.stages_trained == 0
+            store.close()
+        assert not self.holding(PERSON, *RECORDS)
+        assert [path for host in ("one", "two") for path in (self.folder / host).rglob("*") if path.is_file()] == []
+        assert postgres_url in self.raw()["recipe.yaml"].decode()
+
+    def test_what_a_bucket_does_not_take_yet_is_refused(self) -> None:
+        store = self.train()
+        for change in (store.add, store.correct):
+            with pytest.raises(UserError, match="not supported yet"):
+                change(str(self.folder / "recipe" / "people.parquet"))
+
+    def test_another_kind_of_ledger_is_refused_and_not_repeated(self) -> None:
+        with pytest.raises(UserError, match="ledger") as caught:
+            sisa.train(self.recipe(ledger="mysql://me:secret@host/name"), executor="inline")
+        assert "secret" not in caught.value.message
 
     @pytest.mark.parametrize("name", ["routing.key", "exclusion.key"])
     def test_keys_that_everybody_reads_are_refused_and_told(self, name: str) -> None:

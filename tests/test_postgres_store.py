@@ -7,25 +7,35 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import crash_kit as kit
 import psycopg
+import pyarrow as pa
+import pyarrow.parquet as papq
 import pytest
 from postgres_kit import WORKER, Server, running
+from race_kit import wait_until
 
 import sisa.opening
 from sisa.checkpoints import CheckpointStore
 from sisa.cli.main import run
 from sisa.deletion import settle as settling
+from sisa.deletion.incoming import sweep_incoming
 from sisa.errors import DamagedError, LostError, LostLockError, RecipeError, StoreError, UserError
 from sisa.execution import build as building
 from sisa.ledger import REVISION, PostgresPlace, place_of
 from sisa.ledger import session as sessions
+from sisa.ledger.generations import Generations
+from sisa.ledger.requests import Requests
+from sisa.progress import Silent
 from sisa.store.store import Store
 from sisa.training import chain
 
@@ -293,6 +303,83 @@ def test_a_driver_that_lost_the_operation_publishes_nothing(
     assert store.version == version
     store.repair(executor="inline")
     assert_whole(store)
+
+
+def correction_of(table: pa.Table, folder: Path) -> Path:
+    changed = table.slice(0, 3)
+    values = pa.array([value + 3.0 for value in changed["x"].to_pylist()])
+    papq.write_table(changed.set_column(changed.schema.get_field_index("x"), "x", values), folder / "corrected.parquet")
+    return folder / "corrected.parquet"
+
+
+def addition(folder: Path) -> Path:
+    more = kit.people(9).slice(0, 18)
+    names = [f"new-{name}" for name in more["record"].to_pylist()]
+    people = [f"new-{name}" for name in more["person"].to_pylist()]
+    more = more.set_column(more.schema.get_field_index("record"), "record", pa.array(names))
+    papq.write_table(
+        more.set_column(more.schema.get_field_index("person"), "person", pa.array(people)), folder / "more.parquet"
+    )
+    return folder / "more.parquet"
+
+
+@pytest.mark.parametrize("what", ["correction", "addition"])
+def test_rows_whose_lock_was_lost_before_they_were_accepted_are_not_accepted(
+    store: Store, postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Another host holds the lock by then, and has swept them: the ledger must not expect them."""
+    owner, name = (Requests, "accept_correction") if what == "correction" else (Generations, "publish")
+    real, other = getattr(owner, name), kit.reopened(store.opened.layout.root)
+
+    def late(self: Any, *arguments: Any, **options: Any) -> Any:
+        assert end_lock_sessions(postgres, store, "incoming") == 1
+        sweep_incoming(other.opened, Silent())
+        return real(self, *arguments, **options)
+
+    def do(to: Store) -> Any:
+        if what == "correction":
+            return to.correct(correction_of(TABLE, tmp_path), executor="inline").state
+        return to.add(addition(tmp_path), executor="inline").generation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, late)
+        with pytest.raises(LostLockError):
+            do(store)
+    assert_whole(other, replay="none")
+    assert do(other) == ("repaired" if what == "correction" else 1)
+    assert_whole(other)
+    other.close()
+
+
+def test_what_is_being_committed_when_its_command_is_killed_is_not_swept(
+    store: Store, postgres: Server, tmp_path: Path
+) -> None:
+    """A commit that waits for its standby is seen by nobody yet, and takes effect all the same."""
+    source, root = correction_of(TABLE, tmp_path), store.opened.layout.root
+    postgres.ask("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    postgres.ask("SELECT pg_reload_conf()")
+    try:
+        command = [sys.executable, "-m", "sisa", "correct", "--store", str(root), "--source", str(source)]
+        killed = subprocess.Popen([*command, "--executor", "inline"], stdout=DEVNULL, stderr=DEVNULL)
+        syncing = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        wait_until(lambda: bool(postgres.ask(syncing)) or killed.poll() is not None, "it commits")
+        assert killed.poll() is None
+        killed.kill()
+        killed.wait()
+    finally:
+        later = threading.Timer(1.0, lambda: _without_standby(postgres))
+        later.start()
+    again = kit.reopened(root)
+    assert again.correct(source, executor="inline").state == "repaired"
+    later.join()
+    assert_whole(again)
+    assert again.status()["records"] + again.status()["holdout_records"] == len(TABLE)
+    again.close()
+
+
+def _without_standby(postgres: Server) -> None:
+    postgres.ask("ALTER SYSTEM RESET synchronous_standby_names")
+    postgres.ask("SELECT pg_reload_conf()")
 
 
 def test_rows_that_a_zombie_put_back_are_erased_by_the_next_repair(

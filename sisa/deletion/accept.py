@@ -86,7 +86,7 @@ def accept(
         DamagedError: A record may lie among rows that are lost or unreadable; nothing was changed.
     """
     started = time.monotonic()
-    _check_reason(reason)
+    check_reason(reason)
     with store.ingest_lock().held():
         if not store.ledger.ingested:
             raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
@@ -117,7 +117,7 @@ def accept(
     return Accepted(request, acceptance.repeated, missing, acceptance.earlier, damage)
 
 
-def _check_reason(reason: str) -> None:
+def check_reason(reason: str) -> None:
     """Make sure that a reason can be shown in a line: control characters would be a terminal's commands.
 
     Raises:

@@ -6,6 +6,7 @@ is at work it is waited for: before it publishes it drops whoever was deleted me
 
 from __future__ import annotations
 
+from sisa.coordination import Held
 from sisa.files import remove
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
@@ -28,12 +29,29 @@ def sweep_incoming(store: OpenStore, reporter: Reporter) -> None:
             reporter.note("waiting for rows that are being added: deleted people's are left out of them")
             told.append(True)
 
-    with store.incoming_lock().held(poll=waiting):
-        sweep_held(store)
+    with store.incoming_lock().held(poll=waiting) as lock:
+        sweep_held(store, lock)
 
 
-def sweep_held(store: OpenStore) -> None:
-    """Remove rows that never became part of the store; the caller holds the lock of what is incoming."""
+def sweep_held(store: OpenStore, lock: Held) -> None:
+    """Remove rows that never became part of the store.
+
+    Args:
+        store: The store.
+        lock: Of what is incoming.
+
+    What is part of it is asked in a turn to write: a commit that is on its way, of somebody who was killed while it
+    waited for a standby, has taken effect by then, and nobody who lost the lock commits meanwhile.
+
+    Raises:
+        LostLockError: Somebody else may be writing there by now.
+    """
+    with store.ledger.database.transaction():
+        lock.check()
+        _sweep(store)
+
+
+def _sweep(store: OpenStore) -> None:
     if store.layout.incoming.exists():
         known = {request.id for request in store.ledger.requests.all()}
         if store.layout.corrections.is_dir():

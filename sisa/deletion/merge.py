@@ -15,12 +15,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sisa.files import remove, sweep_temporary
-from sisa.ledger import Request
+from sisa.ledger import Request, Waiting
 from sisa.lineage import membership
 from sisa.opening import OpenStore
 from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import PartitionRows, read_partition
+from sisa.records.partition import PartitionRows
+from sisa.records.waiting import read_waiting
 from sisa.routing.keys import shard_keys
 
 
@@ -41,16 +42,25 @@ def with_corrections(
     Raises:
         DamagedError: Rows that wait are damaged.
     """
-    keys = shard_keys(store.keys.routing, shard)
-    for request in store.ledger.requests.merging(shard, slice_):
-        waiting = read_partition(store.layout.correction(request.id), store.recipe, keys, shard, slice_)
-        if not waiting.table.num_rows:
-            continue
+    for each in store.ledger.requests.waiting(shard, slice_):
+        waiting = _waiting(store, each)
         there = set(rows.table[RECORD].filter(pa.array(keep_N)).to_pylist())
         wanted_N = ~unwanted(store, waiting, store.ledger.requests.exclusions().keys())
         wanted_N &= np.array([record not in there for record in waiting.table[RECORD].to_pylist()], np.bool_)
         rows, keep_N = _joined(rows, waiting), np.concatenate([keep_N, wanted_N])
     return rows, keep_N
+
+
+def _waiting(store: OpenStore, waiting: Waiting) -> PartitionRows:
+    return read_waiting(
+        store.layout,
+        store.recipe,
+        shard_keys(store.keys.routing, waiting.shard),
+        request=waiting.request,
+        slice_=waiting.slice,
+        records=waiting.records,
+        membership=waiting.membership,
+    )
 
 
 def _joined(rows: PartitionRows, more: PartitionRows) -> PartitionRows:
@@ -71,7 +81,7 @@ def remove_merged(store: OpenStore, shard: int, slice_: int) -> None:
     with store.ledger.database.snapshot():
         if store.ledger.partitions.get(shard, slice_).dirty:
             return
-        merged = store.ledger.requests.merging(shard, slice_)
+        merged = store.ledger.requests.merged(shard, slice_)
     for request in merged:
         place = store.layout.correction(request.id).partition(shard, slice_)
         if place.exists():

@@ -5,7 +5,7 @@ from sisa.ledger.ledger import Ledger
 from sisa.ledger.partitions import Partition
 from sisa.ledger.place import Place, PostgresPlace, place_of
 from sisa.ledger.replicas import HELD, WAITED, ReplicaRow, View
-from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target
+from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target, Waiting
 from sisa.ledger.schema import REVISION
 from sisa.ledger.stages import StageRow
 from sisa.ledger.tokens import SCOPES, Scope, Token
@@ -33,5 +33,6 @@ __all__ = [
     "Token",
     "Version",
     "View",
+    "Waiting",
     "place_of",
 ]

@@ -5,7 +5,7 @@ A generation is whole in the ledger or not there: what its slices hold, its line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sisa.errors import StaleError
@@ -40,13 +40,16 @@ class Generations:
         rows = self._db.rows("SELECT * FROM generations ORDER BY number")
         return [Generation(row["number"], row["created_at"], row["records"]) for row in rows]
 
-    def publish(self, number: int, partitions: Sequence[Partition], *, newest_request: int) -> bool:
+    def publish(
+        self, number: int, partitions: Sequence[Partition], *, newest_request: int, check: Callable[[], None]
+    ) -> bool:
         """Make a generation part of the store, at once and whole.
 
         Args:
             number: The next one.
             partitions: What its slices hold, empty ones included.
             newest_request: Number of the newest request whose exclusions these rows were held against.
+            check: Makes sure, when others have to wait for their turn to write, that the rows are still there.
 
         Returns:
             False if a request was accepted since, so that the rows may be somebody's who is deleted by now: then
@@ -56,6 +59,7 @@ class Generations:
             StaleError: Another one became the next meanwhile.
         """
         with self._db.transaction():
+            check()
             if self._db.newest_request() != newest_request:
                 return False
             if self.count() != number - 1:

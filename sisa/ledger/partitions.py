@@ -80,7 +80,10 @@ class Partitions:
                 "UPDATE partitions SET dirty = CASE WHEN changes = ? THEN 0 ELSE 1 END WHERE shard = ? AND slice = ?",
                 (changes, shard, slice_),
             )
-            return not self.get(shard, slice_).dirty
+            if self.get(shard, slice_).dirty:
+                return False
+            self._db.rows("DELETE FROM waiting WHERE shard = ? AND slice = ?", (shard, slice_))  # it is merged
+            return True
 
     def adopt_prepared(self, shard: int, slice_: int) -> None:
         """Make the prepared content the expected one, since the file holds it; the slice stays dirty."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,6 +39,18 @@ class Target:
     """Keyed digests of the people whose rows those are; counted, not kept."""
     unseen: bool = False
     """Whether some of these places could not be read."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Corrected rows on their way into one slice: in the ledger from the acceptance until the slice holds them."""
+
+    request: str
+    shard: int
+    slice: int
+    records: int
+    membership: str
+    """Digest of the rows that wait, so that lost ones aren't taken for none."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,8 @@ class Requests:
         key_check: str,
         newest_request: int,
         generations: int,
+        waiting: Sequence[Waiting],
+        check: Callable[[], None],
     ) -> Request:
         """Accept a correction: what the rows said is excluded, what saw it is out of service; or nothing.
 
@@ -158,23 +172,45 @@ class Requests:
             key_check: Of the exclusion key with which the targets were made.
             newest_request: Number of the newest request when the rows were looked up.
             generations: How many there were.
+            waiting: Where the new rows wait.
+            check: Makes sure, when others have to wait for their turn to write, that the rows are still there to wait.
 
         Raises:
             StaleError: The store is not as it was when the rows were looked up.
         """
         with self._db.transaction():
+            check()
             self._check_generations(generations)
             if not self._is_key(key_check) or self._db.newest_request() != newest_request:
                 raise StaleError("another request came while rows were looked up", hint="Run the command again.")
             self._insert(identifier, targets, reason=reason, kind="correction")
+            self._db.many(
+                "INSERT INTO waiting (request, shard, slice, records, membership) VALUES (?, ?, ?, ?, ?)",
+                [(w.request, w.shard, w.slice, w.records, w.membership) for w in waiting],
+            )
             return self.get(identifier)
 
-    def merging(self, shard: int, slice_: int) -> list[Request]:
-        """Return the corrections that were accepted for a slice and may not be merged yet, oldest first."""
+    def waiting(self, shard: int, slice_: int) -> list[Waiting]:
+        """Return what waits to be merged into a slice, oldest first."""
+        rows = self._db.rows(
+            "SELECT w.* FROM waiting w JOIN requests r ON r.id = w.request WHERE w.shard = ? AND w.slice = ?"
+            " ORDER BY r.number",
+            (shard, slice_),
+        )
+        return [Waiting(r["request"], r["shard"], r["slice"], r["records"], r["membership"]) for r in rows]
+
+    def all_waiting(self) -> list[Waiting]:
+        """Return all that waits."""
+        rows = self._db.rows("SELECT * FROM waiting ORDER BY request, shard, slice")
+        return [Waiting(r["request"], r["shard"], r["slice"], r["records"], r["membership"]) for r in rows]
+
+    def merged(self, shard: int, slice_: int) -> list[Request]:
+        """Return the corrections of a slice that are not erased everywhere yet, and don't wait for this slice any more."""
         rows = self._db.rows(
             "SELECT * FROM requests WHERE kind = 'correction' AND state = ? AND id IN"
-            " (SELECT request FROM request_partitions WHERE shard = ? AND slice = ?) ORDER BY number",
-            (STATES[0], shard, slice_),
+            " (SELECT request FROM request_partitions WHERE shard = ? AND slice = ?) AND id NOT IN"
+            " (SELECT request FROM waiting WHERE shard = ? AND slice = ?) ORDER BY number",
+            (STATES[0], shard, slice_, shard, slice_),
         )
         return [self._request(row) for row in rows]
 

@@ -40,7 +40,7 @@ def check_beside(store: OpenStore) -> list[str]:
     """Return what is wrong with the folder of the ledger and with the key files, locks and marks excepted."""
     layout = store.layout
     problems = []
-    for path in sorted(layout.root.iterdir()):
+    for path in sorted(layout.root.iterdir()) if layout.root.is_dir() else []:
         if path.name.startswith(TEMPORARY):
             problems.append(f"{path.name} beside the ledger: {LEFT}")
         elif not is_beside(layout, path.name):

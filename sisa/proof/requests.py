@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from sisa.layout import HOLDOUT_SLICE
-from sisa.ledger import STATES, Kind, Request
+from sisa.ledger import STATES, Kind, Request, Waiting
 from sisa.ledger.requests import exclusions_digest
 from sisa.opening import OpenStore
+from sisa.records.waiting import read_waiting
+from sisa.routing.keys import shard_keys
 
 KINDS = get_args(Kind)
 
@@ -37,6 +39,31 @@ class _Told:
     version_after: object = None
     """The version that was live when its state changed last, and where in the history that was."""
     until: int = 0
+
+
+def waiting_faults(store: OpenStore) -> list[str]:
+    """Return what is wrong with the rows that wait to be merged."""
+    return [fault for each in store.ledger.requests.all_waiting() for fault in _waiting_faults(store, each)]
+
+
+def _waiting_faults(store: OpenStore, waiting: Waiting) -> list[str]:
+    place = f"ledger: {waiting.request} waits for slice {waiting.slice} of shard {waiting.shard}"
+    partition = store.ledger.partitions.get(waiting.shard, waiting.slice)
+    if waiting.request not in {request.id for request in store.ledger.requests.open()}:
+        return [f"{place}, but is no open request"]
+    if waiting.shard not in range(store.shards) or not partition.dirty:
+        return [f"{place}, which waits for nobody"]
+    keys = shard_keys(store.keys.routing, waiting.shard)
+    read_waiting(
+        store.layout,
+        store.recipe,
+        keys,
+        request=waiting.request,
+        slice_=waiting.slice,
+        records=waiting.records,
+        membership=waiting.membership,
+    )
+    return []
 
 
 def request_faults(events: Sequence[Noted], requests: Sequence[Request]) -> list[str]:

@@ -21,6 +21,7 @@ from sisa.proof.history import check_history
 from sisa.proof.ledger import check_ledger
 from sisa.proof.problems import guarded
 from sisa.proof.replay import Replay, run_replay
+from sisa.proof.requests import waiting_faults
 from sisa.proof.rows import SliceRows, check_rows
 from sisa.proof.versions import check_versions
 from sisa.state import JSON
@@ -90,6 +91,7 @@ def _check(store: OpenStore, result: Verification, reporter: Reporter) -> None:
         return  # said by then: the ledger expects no rows yet, whatever a killed ingest left
     expected: dict[tuple[int, int], ExpectedStage] = {}
     rows: list[SliceRows | None] = []
+    result.problems += guarded(partial(waiting_faults, store), "corrections")
     for shard in range(store.shards):
         problems, found = check_rows(store, shard)
         result.problems += problems

@@ -9,6 +9,7 @@ Killed before the transaction nothing has happened. Killed after it, whatever se
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -16,14 +17,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from sisa.deletion.accept import Accepted, ids_of
+from sisa.deletion.accept import Accepted, check_reason, ids_of
 from sisa.deletion.confirm import await_replicas
 from sisa.deletion.incoming import sweep_held
 from sisa.deletion.settle import settle, settle_all
-from sisa.errors import StaleError, StoreError, UserError
+from sisa.errors import SisaError, StaleError, StoreError, UserError
 from sisa.execution.options import Execution
 from sisa.files import make_folder, remove
-from sisa.ledger import STATES, Request, Target
+from sisa.ledger import STATES, Request, Target, Waiting
+from sisa.lineage import membership
 from sisa.opening import OpenStore, key_check
 from sisa.progress import Reporter
 from sisa.recipe import Recipe
@@ -74,6 +76,7 @@ def correct(
         )
     if not opened.ledger.ingested:
         raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
+    check_reason(reason)
     execution.check()
     recipe = grown_recipe(opened.recipe, source)
     while True:
@@ -134,7 +137,7 @@ def _accepted(opened: OpenStore, recipe: Recipe, reason: str) -> tuple[Request |
     """
     ledger = opened.ledger
     with opened.incoming_lock().held() as lock:
-        sweep_held(opened)  # what a killed addition or correction left
+        sweep_held(opened, lock)  # what a killed addition or correction left
         newest, generations = ledger.database.newest_request(), opened.generations
         table = _rows_of(opened, recipe)
         found = _looked_up(opened, table)
@@ -146,7 +149,6 @@ def _accepted(opened: OpenStore, recipe: Recipe, reason: str) -> tuple[Request |
             for (shard, slice_), rows in found.new.items():
                 everything_N = np.ones(rows.table.num_rows, np.bool_)
                 rewrite_partition(opened.layout.correction(identifier), shard, slice_, everything_N, rows)
-            lock.check()
             request = ledger.requests.accept_correction(
                 identifier,
                 found.targets,
@@ -154,9 +156,15 @@ def _accepted(opened: OpenStore, recipe: Recipe, reason: str) -> tuple[Request |
                 key_check=key_check(opened.keys.exclusion),
                 newest_request=newest,
                 generations=generations,
+                waiting=[
+                    Waiting(identifier, *place, rows.table.num_rows, rows.membership)
+                    for place, rows in found.new.items()
+                ],
+                check=lock.check,
             )
         except BaseException:
-            sweep_held(opened)
+            with contextlib.suppress(SisaError):  # who lost the lock, or the ledger, leaves it to the next
+                sweep_held(opened, lock)
             raise
         remove(opened.layout.incoming)
     return request, found.unchanged
@@ -249,4 +257,4 @@ def _compare(
         for digest, owner in zip(digests, people, strict=True)
     ]
     ids_N16 = id_digests(keys, new[RECORD])
-    found.new[place] = PartitionRows(new, ids_N16, new_N16, "")
+    found.new[place] = PartitionRows(new, ids_N16, new_N16, membership(ids_N16, new_N16))

@@ -10,6 +10,7 @@ the source is recognised as one that was added already.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ from sisa.coordination import Held
 from sisa.deletion.incoming import next_place, sweep_held
 from sisa.deletion.repair import bring_up
 from sisa.deletion.settle import settle_all
-from sisa.errors import StoreError, UserError
+from sisa.errors import SisaError, StoreError, UserError
 from sisa.execution.options import Execution
 from sisa.files import remove
 from sisa.layout import is_held_out
@@ -162,12 +163,13 @@ def _published(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> int:
         UserError: Everybody in the table was deleted meanwhile.
     """
     with opened.incoming_lock().held() as lock:
-        sweep_held(opened)  # what a killed attempt left
+        sweep_held(opened, lock)  # what a killed attempt left
         place = next_place(opened)
         try:
             _publish(opened, recipe, place, reporter, lock)
         except BaseException:
-            sweep_held(opened)
+            with contextlib.suppress(SisaError):  # who lost the lock, or the ledger, leaves it to the next
+                sweep_held(opened, lock)
             raise
         remove(opened.layout.incoming)
     return place.generation
@@ -188,9 +190,11 @@ def _publish(opened: OpenStore, recipe: Recipe, place: Place, reporter: Reporter
         )
     finally:
         reporter.end()
-    lock.check()
     with opened.ingest_lock().held():  # new deletions wait for the moment that this takes
-        while not ledger.generations.publish(place.generation, _partitions(opened, counts), newest_request=newest):
+        while not ledger.generations.publish(
+            place.generation, _partitions(opened, counts), newest_request=newest, check=lock.check
+        ):
+            lock.check()
             newest = ledger.database.newest_request()
             counts = drop_excluded(recipe, opened.layout, counts, routing_key=routing_key, excluded=excluder(opened))
             if not any(count.records for count in counts):

@@ -84,6 +84,11 @@ def _requests() -> None:
         key=("request", "shard", "slice"),
     )  # fmt: skip
     _table(
+        "waiting",
+        _column("request", TEXT), _column("shard", NUMBER), _column("slice", NUMBER), _column("records", NUMBER),
+        _column("membership", TEXT), key=("request", "shard", "slice"),
+    )  # fmt: skip
+    _table(
         "exclusions", _column("kind", TEXT), _column("digest", BYTES), _column("request", TEXT), key=("kind", "digest")
     )
     _table("marks", _column("shard", NUMBER), _column("request", TEXT), key=("shard", "request"))
