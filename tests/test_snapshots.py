@@ -62,7 +62,7 @@ def train_one(ours, columns, *, parent=None, amid=None, keep=None):
         should_stop=lambda: False,
         on_progress=lambda _: None,
         amid=amid,
-        keeping=keep and Keeping(every_s=0.0, keep=keep),
+        keeping=keep and Keeping(every_s=0.0, keep=keep, unfit=lambda: pytest.fail("unfit")),
     )
 
 
@@ -487,3 +487,38 @@ def test_none_are_kept_where_none_are_wanted_and_never_in_a_replay(world, monkey
     store = train({**world.recipe, "workers": {"snapshot_every_s": None}}, world.folder / "none")
     same_as_straight(store, world)
     assert store.verify(replay="all", executor="inline").problems == []
+
+
+COUNTING = """
+import torch
+
+class Counting(torch.nn.Module):
+    def __init__(self, features, classes):
+        super().__init__()
+        self.linear = torch.nn.Linear(features, classes)
+        self.calls = 0
+
+    def forward(self, rows):
+        print("a row:", rows[:1])
+        self.calls += self.training
+        return self.linear(rows) * (2.0 if self.calls > 40 else 1.0)
+
+def make(feature_shape, classes):
+    return Counting(feature_shape[0], classes)
+"""
+
+
+def test_a_model_that_counts_on_its_own_has_no_snapshots(tmp_path, monkeypatch, capfd):
+    """Its count is in no state: what went on from the middle would count from nothing, to other bits."""
+    (tmp_path / "counting_model.py").write_text(COUNTING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = kit.make_recipe(tmp_path, TABLE, epochs=60)
+    asked["model"] = {"factory": "counting_model:make"}
+    asked["workers"] = {"snapshot_every_s": 0}
+    counted = Counting()
+    store = train(asked, tmp_path / "store", counted)
+    said = [note for note in counted.notes if "the model keeps more than its state" in note]
+    assert 1 <= len(said) <= 4
+    assert snapshots_of(tmp_path / "store") == []
+    assert store.verify(replay="all", executor="inline").problems == []
+    assert "a row:" not in capfd.readouterr().out  # nor is what it prints anywhere

@@ -88,7 +88,8 @@ def _told(verb: str, words: list[str], asked: dict[str, Any], *, as_json: bool) 
         words = [Path(word).name if word == asked["config"] else word for word in words]
     added = ["--address", "auto"] if asked["executor"] != "inline" else []
     added += ["--json"] if as_json and not asked["as_json"] else []
-    return [verb, *words, *added]
+    end = words.index("--") if "--" in words else len(words)  # what comes after it is no option
+    return [verb, *words[:end], *added, *words[end:]]
 
 
 def _refuse_passwords(words: list[str]) -> None:

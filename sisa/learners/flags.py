@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -93,9 +94,22 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device(recipe.training.device)
 
 
+class _Nowhere(io.TextIOBase):
+    """Takes what is printed."""
+
+    def write(self, text: str) -> int:
+        """Drop it."""
+        return len(text)
+
+
+_NOWHERE = _Nowhere()
+
+
 @contextlib.contextmanager
 def training_flags(recipe: Recipe) -> Iterator[None]:
     """Set threads, determinism, precision, dtype, device and gradient mode; restore them and all generators after.
+
+    What a user's model prints meanwhile goes nowhere: it may be somebody's values, which logs would keep.
 
     Raises:
         UserError: The recipe asks for a GPU and there is none.
@@ -105,6 +119,7 @@ def training_flags(recipe: Recipe) -> Iterator[None]:
         _keep_generators(undo, device)
         _set_numerics(undo, recipe)
         _set_determinism(undo, device)
+        undo.enter_context(contextlib.redirect_stdout(_NOWHERE))
         undo.enter_context(torch.inference_mode(mode=False))
         undo.enter_context(torch.enable_grad())
         yield

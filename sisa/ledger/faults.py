@@ -18,7 +18,7 @@ _LOST = ("08", "57P01", "57P02", "57P03", "57P05", "25P03")
 
 def unreachable(place: PostgresPlace, error: psycopg.Error) -> StoreError:
     """Say that a server can't be reached, and why in its own words; they hold no secret."""
-    reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     return LostError(
         f"the ledger at {place.shown} can't be reached: {reason}",
         hint="Check that the server runs and lets this account in (PGPASSFILE, PGPASSWORD, pg_hba.conf), then try again.",

@@ -86,7 +86,14 @@ class Recovery:
             else:
                 self.report(Kept(self.stage_id.shard, self.stage_id.stage))
 
-        return Keeping(every_s=every_s, keep=keep)
+        def unfit() -> None:
+            if not failed:
+                self.report(
+                    Said(f"{self.stage_id}: the model keeps more than its state, so no recovery snapshot is kept")
+                )
+            failed.append(True)
+
+        return Keeping(every_s=every_s, keep=keep, unfit=unfit)
 
     def discard(self) -> None:
         """Remove what is there of the stage: it lies in the store as a whole."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from sisa.errors import SisaError, UserError
+from sisa.learners.alike import alike
 from sisa.learners.columns import Array, Columns
 from sisa.learners.flags import derived_seed, device_of, seed_everything, training_flags
 from sisa.learners.generators import dump_generators, restore_generators
@@ -61,6 +62,8 @@ class Keeping:
     """Seconds between the end of one and the next."""
     keep: Callable[[StageState, int], None]
     """Is given the whole state, and the number of steps that lie behind it."""
+    unfit: Callable[[], None]
+    """Is told if no state says all: the model keeps something else."""
 
 
 def train_stage(
@@ -133,8 +136,12 @@ def position(amid: StageState | None) -> tuple[int, int]:
 
 def _keep(run: _Run, keeping: Keeping, *, last_step: int) -> None:
     """Have the state kept, unless the stage is at its end: then it is about to be kept as what it is."""
-    if run.step < last_step:
+    if run.step >= last_step:
+        return
+    if run.is_all_in_the_state():
         keeping.keep(run.dump_amid(), run.step)
+    else:
+        keeping.unfit()
 
 
 class _Watch:
@@ -188,6 +195,7 @@ class _Run:
         group: Exchange | None,
     ) -> None:
         device = device_of(recipe)
+        self._recipe, self._class_count = recipe, class_count
         if parent.empty:
             self._seed = derived_seed("sisa-init", recipe.training.seed, shard)
             self._preprocessor = Preprocessor.fit(recipe, columns.first_slice())
@@ -263,6 +271,21 @@ class _Run:
             tensors |= part.tensors
             scalars |= part.scalars
         return StageState(tensors, scalars)
+
+    def is_all_in_the_state(self) -> bool:
+        """Say whether a fresh model with this state would go on as this one does.
+
+        A user's module may count, or remember, in attributes that are no buffers. A stage begins with a fresh module,
+        so that is the same on every run; going on in the middle with one would not be.
+        """
+        if self._recipe.model.factory is None:
+            return True
+        generators = dump_generators()
+        seed_everything(self._seed)
+        fresh = build_model(self._recipe, self._preprocessor.feature_shape, self._class_count)
+        fresh.train(self._module.training)
+        restore_generators(generators)
+        return alike(fresh, self._module)
 
     def dump_amid(self) -> StageState:
         """Return the full state in the middle of the stage: where it is and where the generators stand besides."""
