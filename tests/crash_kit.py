@@ -248,7 +248,9 @@ class Child:
         self, function: Callable[..., Any], *arguments: Any, root: Path | None = None, stop_at: int | str = -1
     ):
         self._ours, theirs = PROCESSES.Pipe()
-        self.process = PROCESSES.Process(target=_child, args=(theirs, root, stop_at, function, arguments), daemon=True)
+        self.process = PROCESSES.Process(
+            target=_child, args=(theirs, dict(os.environ), root, stop_at, function, arguments), daemon=True
+        )
         self.process.start()
         theirs.close()
         self._alive.append(self)
@@ -305,10 +307,16 @@ to_parent: Any = None
 
 
 def _child(
-    pipe: Any, root: Path | None, stop_at: int | str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Any,
+    environment: dict[str, str],
+    root: Path | None,
+    stop_at: int | str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     global to_parent  # noqa: PLW0603 - one per process
     to_parent = pipe
+    os.environ.update(environment)  # what it was forked from may be older than what a test has set
     names: list[str] = []
 
     def hook(name: str) -> None:

@@ -61,6 +61,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "training.seed": [{"training": {"seed": 8}}],
     "training.device": [{"training": {"device": "cuda"}}],
     "training.threads": [{"training": {"threads": 2}}],
+    "workers.devices_per_shard": [{"workers": {"devices_per_shard": 2}}],
     "sisa.shards": [{"sisa": {"shards": 3}}],
     "sisa.slices": [{"sisa": {"slices": 2}}],
 }
@@ -78,6 +79,11 @@ OF_NO_CONSEQUENCE: dict[str, dict[str, Any]] = {
     "sisa.aggregation.name": {"sisa": {"aggregation": "vote"}},
     "sisa.aggregation.table": {"sisa": {"aggregation": {"name": "weighted", "table": "b.parquet"}}},
     "routing.key_file": {"routing": {"key_file": "some.key"}},
+    "routing.exclusion_key_file": {"routing": {"exclusion_key_file": "another.key"}},
+    "workers.cpus": {"workers": {"cpus": 0.5}},
+    "workers.gpus": {"workers": {"gpus": 1}},
+    "workers.memory": {"workers": {"memory": "4GiB"}},
+    "workers.snapshot_every_s": {"workers": {"snapshot_every_s": 1}},
 }
 
 
