@@ -264,7 +264,7 @@ class Child:
         self._ours, theirs = PROCESSES.Pipe()
         surroundings = dict(os.environ)  # as they are now: the server that it comes from was started with others
         self.process = PROCESSES.Process(
-            target=_child, args=(theirs, surroundings, root, stop_at, function, arguments), daemon=True
+            target=_child, args=((theirs, surroundings), root, stop_at, function, arguments), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -322,14 +322,14 @@ to_parent: Any = None
 
 
 def _child(
-    pipe: Any,
-    surroundings: dict[str, str],
+    parent: tuple[Any, dict[str, str]],
     root: Path | None,
     stop_at: int | str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     global to_parent  # noqa: PLW0603 - one per process
+    pipe, surroundings = parent
     to_parent = pipe
     os.environ.clear()
     os.environ.update(surroundings)
