@@ -322,19 +322,30 @@ def draw(model: Model, seed: str, folder: Path) -> list[Plan]:
     known = {row.person for row in model.present()}
     pool = [person for person in everyone if person in known - spared]
     left = [person for person in pool if person not in model.people_gone]
-    hot = (left or pool)[:4]
+    arriving = [person for person in left if person in _lately_written(model)]  # a killed command may have left them
+    hot = [*arriving[:2], *(left or pool)[:3]]
     plans = []
     for process in range(DELETERS + (rng.random() < 0.6)):
         name = f"{seed}.{process}"
         asks = [_deletion(model, rng, name, hot, pool)] if process < DELETERS else []
         if not asks or rng.random() < 0.25:
             asks.append(_anything(model, rng, f"{name}b", folder))
-        fate = rng.choices(["", "killed", "frozen", "buried", "moment"], [9, 5, 1, 1, 3])[0]
-        step = int(STEPS * rng.random() ** 1.5)
+        deletes = process < DELETERS
+        fate = rng.choices(
+            ["", "killed", "frozen", "buried", "moment"], [9, 5, 1, 1, 3] if deletes else [5, 7, 1, 1, 1]
+        )[0]
+        step = int(STEPS * rng.random() ** (1.5 if deletes else 2.5))
         plans.append(Plan(tuple(asks), name, fate, step, rng.random() * MOMENT_S, rng.random() < 0.3))
     for plan in plans:
         model.asks |= {ask.name: ask for ask in plan.asks}
     return plans
+
+
+def _lately_written(model: Model) -> set[str]:
+    """Whose rows the newest corrections and additions wrote, or meant to."""
+    asks = [ask for ask in model.asks.values() if ask.what in {"correct", "add"}][-2:]
+    corrected = {model.rows[record].person for ask in asks for record, _ in ask.rows}
+    return corrected | {row.person for ask in asks if ask.what == "add" for row in _of(model, int(ask.ids[0]))}
 
 
 def _of(model: Model, generation: int) -> list[Row]:
@@ -358,7 +369,7 @@ def _anything(model: Model, rng: random.Random, name: str, folder: Path) -> Ask:
         generation = rng.choice([max(1, model.generations), min(GENERATIONS, model.generations + 1)])
         source = folder / f"generation-{generation}.parquet"
         papq.write_table(table(_of(model, generation)), source)
-        return Ask(name, what, defer=defer, source=str(source))
+        return Ask(name, what, (str(generation),), defer=defer, source=str(source))
     if what == "correct":
         earlier = [ask for ask in model.asks.values() if ask.what == "correct"]
         if earlier and rng.random() < 0.25:

@@ -65,7 +65,7 @@ class Life:
         self.versions = 0
         self.states: dict[str, int] = {}
         self.digests: set[str] = set()
-        """Keys and digests of every stage that was seen."""
+        """Keys and digests of every stage and every slice that was seen."""
         self.reader: Store | None = None
         store = kit.trained(self.recipe, self.root)
         self.route = store.opened.router.route_one
@@ -165,7 +165,7 @@ class Life:
         """All that holds whatever was killed."""
         with closing(kit.reopened(self.root)) as store:
             ledger = store.opened.ledger
-            requests, places = ledger.requests.all(), ledger.stages.all()
+            requests = ledger.requests.all()
             self.model.learn(requests, store.opened.generations)
             states = {request.id: STATES.index(request.state) for request in requests}
             assert list(states)[: len(self.states)] == list(self.states), "a request is lost"
@@ -176,9 +176,9 @@ class Life:
             assert numbers == list(range(1, len(numbers) + 1))
             assert len(numbers) >= self.versions
             self.versions = len(numbers)
-            tainted = {row.key for row in places if row.tainted}
+            tainted = {row.key for row in ledger.stages.tainted()}
             assert not {member.key for member in ledger.versions.live().members} & tainted
-            self.digests |= {digest for row in places for digest in (row.key, row.state_digest, row.full_digest)}
+            self.digests |= digests_of(store)
             self._answers(store)
         self._rows()
         if self.server is None:  # else a lock may be lost between a look and a rename: the next repair erases again
@@ -267,11 +267,7 @@ class Life:
             found = store.verify(replay="all", executor="inline")
             assert (found.problems, found.stages_replayed) == ([], store.opened.shards * store.opened.slices)
             state = kit.end_state(store)
-            left = {
-                digest
-                for row in store.opened.ledger.stages.all()
-                for digest in (row.key, row.state_digest, row.full_digest)
-            }
+            left = digests_of(store)
         assert {request[0] for request in state["requests"]} == {"repaired"}
         fresh = self._fresh()
         for part in ("constituents", "stages", "rows"):
@@ -308,7 +304,38 @@ class Life:
         yield from soak.contents(self.server.data)
 
 
+def digests_of(store: Store) -> set[str]:
+    """Whatever could be held against a guess about somebody: names and digests of stages, and of the rows of slices."""
+    ledger = store.opened.ledger
+    stages = {digest for row in ledger.stages.all() for digest in (row.key, row.state_digest, row.full_digest)}
+    slices = {digest for row in ledger.partitions.all() for digest in (row.membership, row.next_membership)}
+    return (stages | slices) - {"", None}
+
+
 # --- the lives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["sqlite", "postgres"])
+def test_whoever_is_there_is_found(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search can fail: before anybody is deleted, it finds them wherever they are."""
+    with kit.fast_folder() as folder, running() if engine == "postgres" else nullcontext() as server:
+        if server is not None:
+            monkeypatch.setenv("PGPASSWORD", server.secret)
+        life = Life(folder, "there", 1, server)
+        found: dict[str, set[str]] = {path.name: set() for path in life.root.iterdir()}
+        for path, content in soak.contents(life.root):
+            found[path.relative_to(life.root).parts[0]] |= soak.words_in(content) | soak.keys_in(content)
+        everybody = {
+            word for row in life.model.present() for word in (row.record, row.person, row.tag, soak.word(row.x))
+        }
+        assert everybody <= found["records"]
+        assert any(word.startswith("tag-") for word in found["checkpoints"])  # of the first slices, in the vocabulary
+        assert not everybody & set().union(
+            *(words for name, words in found.items() if name not in {"records", "checkpoints"})
+        )
+        served = [set(soak.keys_in(content)) for path, content in life._server() if "pg_wal" not in path.parts]
+        assert life.digests <= (set().union(*served) if server else found["ledger.db"])
+        assert not server or life.digests <= served[0]  # the dump
 
 
 def rounds_of(usual: int) -> int:
