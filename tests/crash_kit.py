@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as papq
 
+from sisa.ledger import postgres
 from sisa.ledger.sqlite import SqliteDatabase as Database
 from sisa.store.launch import train
 from sisa.store.store import Store, open_store
@@ -170,7 +171,10 @@ Hook = Callable[[str], None]
 
 @contextlib.contextmanager
 def before_durable_operations(root: Path, hook: Hook) -> Iterator[None]:
-    """Call ``hook`` with a name before each operation below ``root`` that others could see after a crash."""
+    """Call ``hook`` with a name before each operation below ``root`` that others could see after a crash.
+
+    A ledger on a server is nobody's folder: each of its commits counts.
+    """
     base = os.path.realpath(root)
 
     def wrapped(name: str) -> Callable[..., Any]:
@@ -190,11 +194,21 @@ def before_durable_operations(root: Path, hook: Hook) -> Iterator[None]:
             hook(f"COMMIT in {_caller()}")
         return rows(self, statement, parameters)
 
+    commit = postgres._commit
+
+    def commit_there(session: Any) -> None:
+        hook(f"COMMIT in {_caller()}")
+        commit(session)
+
     with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(postgres, "_commit", commit_there))
         for name in ("replace", "rename", "fsync", "unlink", "rmdir"):
             patches.enter_context(mock.patch.object(os, name, wrapped(name)))
         patches.enter_context(mock.patch.object(Database, "rows", rows_or_commit))
         yield
+
+
+_EVERYBODYS = {"sisa.files", "sisa.storage.local", "sisa.ledger.sqlite", "sisa.ledger.postgres"}
 
 
 def _absolute(path: Any, options: dict[str, Any]) -> str:
@@ -212,7 +226,7 @@ def _caller() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("sisa.") and name not in {"sisa.files", "sisa.storage.local", "sisa.ledger.sqlite"}:
+        if name.startswith("sisa.") and name not in _EVERYBODYS:
             return f"{name.removeprefix('sisa.')}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "?"
@@ -248,8 +262,9 @@ class Child:
         self, function: Callable[..., Any], *arguments: Any, root: Path | None = None, stop_at: int | str = -1
     ):
         self._ours, theirs = PROCESSES.Pipe()
+        surroundings = dict(os.environ)  # as they are now: the server that it comes from was started with others
         self.process = PROCESSES.Process(
-            target=_child, args=(theirs, dict(os.environ), root, stop_at, function, arguments), daemon=True
+            target=_child, args=((theirs, surroundings), root, stop_at, function, arguments), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -307,16 +322,17 @@ to_parent: Any = None
 
 
 def _child(
-    pipe: Any,
-    environment: dict[str, str],
+    parent: tuple[Any, dict[str, str]],
     root: Path | None,
     stop_at: int | str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     global to_parent  # noqa: PLW0603 - one per process
+    pipe, surroundings = parent
     to_parent = pipe
-    os.environ.update(environment)  # what it was forked from may be older than what a test has set
+    os.environ.clear()
+    os.environ.update(surroundings)
     names: list[str] = []
 
     def hook(name: str) -> None:

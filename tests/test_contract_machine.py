@@ -1,6 +1,6 @@
-"""The forgetting contract, held against a perfect in-memory model while trainings, additions, deletions and crashes meet.
+"""The forgetting contract, held against a perfect in-memory model, while every command that changes a store may crash.
 
-The model is a dictionary of surviving rows. What each lineage key saw is computed by an oracle from the rows alone,
+The model is a dictionary of surviving rows, and how often each was corrected. What each lineage key saw is computed by an oracle from the rows alone,
 so that a stage's name says whether it may be there. After each step the contract holds; when nothing is pending, the
 store equals one trained from nothing on the survivors, bit for bit.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from sisa.layout import Layout
 from sisa.ledger import STATES
 from sisa.lineage import membership, stage_key
 from sisa.opening import is_store
+from sisa.records.digest import content_digests
 from sisa.records.partition import read_partition
 from sisa.routing.keys import exclusion_digest, shard_keys
 from sisa.store.store import Store
@@ -49,6 +50,10 @@ class Shape:
 
 
 GENERATIONS = 2
+WORDINGS = 3
+"""What a row may say: at first, and after each of its corrections."""
+Said = tuple[str, int]
+"""A record, and the how-manieth of its wordings."""
 SHAPES = [Shape(8, 2, 2, "sgd"), Shape(10, 2, 3, "adam"), Shape(14, 3, 2, "sgd")]
 
 
@@ -61,7 +66,7 @@ class World:
     recipe: dict[str, Any] = field(init=False)
     tables: list[pa.Table] = field(init=False)
     """The first ingest, and what is added later, in this order."""
-    known: dict[tuple[frozenset[str], int], dict[str, Any]] = field(default_factory=dict)
+    known: dict[tuple[frozenset[Said], int], dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tables = [kit.people(self.shape.people, seed=self.shape.people)]
@@ -81,6 +86,11 @@ class World:
         """Record -> person, for all rows there ever were."""
         return {r: p for g in range(GENERATIONS + 1) for r, p in self.brought(g).items()}
 
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Record -> x, as it is at first."""
+        return {r: x for t in self.tables for r, x in zip(t["record"].to_pylist(), t["x"].to_pylist(), strict=True)}
+
     def brought(self, generation: int) -> dict[str, str]:
         """Record -> person, for the rows of one generation."""
         table = self.tables[generation]
@@ -91,6 +101,21 @@ class World:
         papq.write_table(self.tables[generation], path)
         return path
 
+    def said(self, rows: Iterable[Said], generation: int | None = None) -> pa.Table:
+        """Rows as a table; only those of one generation, if one is given."""
+        wording = dict(rows)
+        names = self.tables[0].column_names
+        table = pa.concat_tables(
+            [t.select(names) for t in (self.tables if generation is None else [self.tables[generation]])]
+        )
+        table = table.filter(pa.array([record in wording for record in table["record"].to_pylist()], pa.bool_()))
+        return reworded(table, [wording[record] for record in table["record"].to_pylist()])
+
+    def correction(self, rows: Iterable[Said], *, name: str = "corrected") -> Path:
+        path = self.folder / f"{name}.parquet"
+        papq.write_table(self.said(rows), path)
+        return path
+
     @cached_property
     def template(self) -> Path:
         kit.trained(self.recipe, self.folder / "template").close()
@@ -98,13 +123,15 @@ class World:
 
     @cached_property
     def steps(self) -> list[str]:
-        """Names of the durable operations of a training and of a deletion."""
+        """Names of the durable operations of every command that changes a store."""
         names: list[str] = []
         root = self.folder / "counted"
         source = self.source(1)
         with kit.before_durable_operations(root, names.append):
             store = kit.trained(self.recipe, root)
             store.add(source, executor="inline")
+            some = ((record, 1) for record in sorted(self.brought(0))[:6])
+            store.correct(self.correction(some, name="counted"), executor="inline")
             for person in sorted({*self.brought(0).values()})[:4]:
                 store.delete(subjects=[person], executor="inline")
             store.close()
@@ -126,35 +153,39 @@ class World:
         return found
 
     @cached_property
-    def digests(self) -> dict[str, tuple[bytes, bytes]]:
-        """Keyed digests of each record's id and content."""
+    def digests(self) -> dict[Said, tuple[bytes, bytes]]:
+        """Keyed digests of each record's id and content, for each of its wordings."""
         root = kit.copy_store(self.template, self.folder / "grown")
         with contextlib.closing(kit.reopened(root)) as grown:
             for generation in range(1, GENERATIONS + 1):
                 grown.add(self.source(generation), executor="inline")
         store = kit.reopened(root).opened
-        found: dict[str, tuple[bytes, bytes]] = {}
+        found: dict[Said, tuple[bytes, bytes]] = {}
         for shard, slice_ in set(self.places.values()):
-            rows = read_partition(store.layout, store.recipe, shard_keys(store.keys.routing, shard), shard, slice_)
+            keys = shard_keys(store.keys.routing, shard)
+            rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
             records = rows.table["_sisa_record"].to_pylist()
-            for record, one, other in zip(records, rows.id_digests_N16, rows.content_digests_N16, strict=True):
-                found[record] = (one.tobytes(), other.tobytes())
+            for wording in range(WORDINGS):
+                table = reworded(rows.table, [wording] * len(records))
+                contents_N16 = content_digests(keys, table, store.recipe)
+                for record, one, other in zip(records, rows.id_digests_N16, contents_N16, strict=True):
+                    found[record, wording] = (one.tobytes(), other.tobytes())
         self.footing = (store.recipe_digest, *(store.ledger.footing() or ("", "")))
         store.ledger.close()
         return found
 
-    def seen_by_keys(self, survivors: frozenset[str], generations: int) -> dict[str, frozenset[str]]:
-        """The keys that these rows call for, and the records that each saw."""
+    def seen_by_keys(self, survivors: frozenset[Said], generations: int) -> dict[str, frozenset[Said]]:
+        """The keys that these rows call for, and the rows that each saw."""
         digests = self.digests
         recipe_digest, code, _ = self.footing
-        keys: dict[str, frozenset[str]] = {}
+        keys: dict[str, frozenset[Said]] = {}
         for shard in range(self.shape.shards):
-            parent, seen = "", frozenset[str]()
+            parent, seen = "", frozenset[Said]()
             for stage in range(1, self.shape.slices + generations + 1):
-                there = sorted(r for r in survivors if self.places[r] == (shard, stage))
+                there = sorted(row for row in survivors if self.places[row[0]] == (shard, stage))
                 seen |= frozenset(there)
                 columns = [
-                    np.array([list(digests[r][side]) for r in there], np.uint8).reshape(-1, 16) for side in (0, 1)
+                    np.array([list(digests[row][side]) for row in there], np.uint8).reshape(-1, 16) for side in (0, 1)
                 ]
                 parent = stage_key(
                     recipe_digest=recipe_digest,
@@ -167,13 +198,10 @@ class World:
                 keys[parent] = seen
         return keys
 
-    def scratch(self, survivors: frozenset[str], generations: int) -> dict[str, Any]:
+    def scratch(self, survivors: frozenset[Said], generations: int) -> dict[str, Any]:
         """What a store that was trained on these rows alone is."""
         if (survivors, generations) not in self.known:
-            left = [
-                table.filter(pa.array([record in survivors for record in table["record"].to_pylist()], pa.bool_()))
-                for table in self.tables
-            ]
+            left = [self.said(survivors, generation) for generation in range(GENERATIONS + 1)]
             folder = self.folder / "scratch"
             recipe = kit.make_recipe(folder, left[0], shards=1, slices=1)
             recipe = {**self.recipe, "data": {**self.recipe["data"], "source": recipe["data"]["source"]}}
@@ -185,6 +213,12 @@ class World:
             store.close()
             shutil.rmtree(folder)
         return self.known[survivors, generations]
+
+
+def reworded(table: pa.Table, wordings: list[int]) -> pa.Table:
+    """Rows with what they say after so many corrections each."""
+    values = [x + 0.75 * wording for x, wording in zip(table["x"].to_pylist(), wordings, strict=True)]
+    return table.set_column(table.column_names.index("x"), "x", pa.array(values, pa.float64()))
 
 
 def answers(store: Store) -> bytes:
@@ -222,10 +256,14 @@ class Contract(RuleBasedStateMachine):
         self.world: World | None = None
         self.rows: dict[str, str] = {}
         """The perfect model: record -> person."""
-        self.gone: dict[str, set[str]] = {}
-        """Records that each request took away."""
-        self.seen: dict[str, frozenset[str]] = {}
-        """Records that each lineage key saw."""
+        self.wordings: dict[str, int] = {}
+        """How often each record was corrected."""
+        self.gone: dict[str, set[Said]] = {}
+        """Rows that each request took away: records in all of their wordings, or one wording of a record."""
+        self.corrections: set[str] = set()
+        """Requests that are none to delete."""
+        self.seen: dict[str, frozenset[Said]] = {}
+        """Rows that each lineage key saw."""
         self.people_gone: set[str] = set()
         """People whose deletion was accepted, and records that were deleted alone."""
         self.generations = 0
@@ -273,6 +311,7 @@ class Contract(RuleBasedStateMachine):
         generation = max(1, self.generations if again else min(self.generations + 1, GENERATIONS))
         source = self.world.source(generation)
         new = {record: person for record, person in self.world.brought(generation).items() if not self._is_gone(record)}
+        old = any(self.wordings.get(record) for record in new)  # the table says what was corrected since
 
         def command() -> None:
             store = kit.reopened(self.root)
@@ -280,8 +319,9 @@ class Contract(RuleBasedStateMachine):
                 done = store.add(source, executor="inline")
                 assert (done.generation, done.repeated) == (generation, generation <= before)
                 assert done.records + done.holdout_records == len(new)
+                assert not old
             except UserError:
-                assert not new
+                assert old or not new
             finally:
                 store.close()
 
@@ -294,7 +334,7 @@ class Contract(RuleBasedStateMachine):
         if self.generations > before:
             self.rows |= new
         self._expect()
-        if new:
+        if new and not (old and ended):
             self._built(ended)
 
     @precondition(lambda self: self._ingested())
@@ -318,6 +358,37 @@ class Contract(RuleBasedStateMachine):
         ended = self._run(command, crash)
         self._accepted(kind, [i for i in ids if self._is_here(kind, i)], here)
         assert not ended or not here & self.rows.keys()
+
+    @precondition(lambda self: self._ingested() and self.rows)
+    @rule(data=st.data(), defer=st.booleans(), crash=crashes)
+    def correct(self, data: st.DataObject, defer: bool, crash: int | None) -> None:
+        """One or several rows; who was corrected often enough stays as they are."""
+        here = sorted(self.rows)
+        records = data.draw(st.lists(st.sampled_from(here), min_size=1, max_size=3, unique=True), label="records")
+        new = {record: min(self.wordings.get(record, 0) + 1, WORDINGS - 1) for record in records}
+        source = self.world.correction(new.items())
+        changed = {record for record in records if new[record] != self.wordings.get(record, 0)}
+
+        def command() -> None:
+            store = kit.reopened(self.root)
+            try:
+                done = store.correct(source, defer=defer, executor="inline")
+                assert (done.records, done.unchanged) == (len(changed), len(new) - len(changed)) or not changed
+                assert defer or done.state == "repaired" or not store.version
+            finally:
+                store.close()
+
+        ended = self._run(command, crash)
+        store = kit.reopened(self.root)
+        fresh = [request for request in store.opened.ledger.requests.all() if request.id not in self.gone]
+        store.close()
+        assert [request.records for request in fresh] in ([len(changed)], [])
+        assert fresh or not ended or not changed
+        for request in fresh:
+            self.gone[request.id] = {(record, self.wordings.get(record, 0)) for record in changed}
+            self.corrections.add(request.id)
+            self.wordings |= new
+        self._expect()
 
     @precondition(lambda self: self._ingested())
     @rule(crash=crashes)
@@ -383,10 +454,12 @@ class Contract(RuleBasedStateMachine):
         found = self._of_the_store(kit.rows_on_disk(self.root), states)
         present = [record for records in found.values() for record in records]
         assert len(present) == len(set(present))
-        waiting = {record for request, records in self.gone.items() if states[request] < ERASED for record in records}
+        deletions = self.gone.keys() - self.corrections
+        waiting = {record for request in deletions if states[request] < ERASED for record, _ in self.gone[request]}
         assert self.rows.keys() <= set(present) <= self.rows.keys() | waiting
         if not waiting and not store.opened.layout.incoming.exists():
             assert not list((self.root / "records").rglob("tmp-*"))
+        self._says_what_it_should(states)
         for name, records in found.items():
             for record in records:
                 shard, slice_ = self.world.places[record]
@@ -396,6 +469,15 @@ class Contract(RuleBasedStateMachine):
                     if slice_ > 0
                     else f"records/holdout/{holdout}shard={shard:04d}/"
                 )
+
+    def _says_what_it_should(self, states: dict[str, int]) -> None:
+        """No row says what was corrected, wherever in the store it lies; nor does one of the deleted wait to be merged."""
+        erased = {row for request, rows in self.gone.items() if states[request] >= ERASED for row in rows}
+        for path in self.root.rglob("*.parquet"):
+            table = papq.read_table(path, partitioning=None)
+            for record, x in zip(table["_sisa_record"].to_pylist(), table["x"].to_pylist(), strict=True):
+                (wording,) = [w for w in range(WORDINGS) if self.world.values[record] + 0.75 * w == x]
+                assert (record, wording) not in erased, path
 
     def _of_the_store(self, found: dict[str, list[str]], states: dict[str, int]) -> dict[str, list[str]]:
         """Without what a killed addition left; that holds nobody who was said to be erased since."""
@@ -410,7 +492,7 @@ class Contract(RuleBasedStateMachine):
 
     def _holds_no_tainted_bytes(self, store: Store, states: dict[str, int]) -> None:
         """Wherever a stage's files lie (checkpoints, scratch, temporary folders): its key says what it saw."""
-        purged = {record for request, records in self.gone.items() if states[request] >= PURGED for record in records}
+        purged = {row for request, rows in self.gone.items() if states[request] >= PURGED for row in rows}
         for path in self.root.rglob("zarr.json"):
             sealed = json.loads(path.read_bytes() or b"{}").get("attributes", {}).get("sisa")
             if sealed is not None:
@@ -421,7 +503,7 @@ class Contract(RuleBasedStateMachine):
     def _equals_scratch(self, store: Store) -> None:
         if any(not self.rows.keys() & self.world.brought(g).keys() for g in range(1, self.generations + 1)):
             return  # nothing is left of a generation: an addition of nothing can't be asked for
-        expected = self.world.scratch(frozenset(self.rows), self.generations)
+        expected = self.world.scratch(self._said(), self.generations)
         found = kit.end_state(store)
         for part in ("constituents", "stages", "rows"):
             assert found[part] == expected[part], part
@@ -475,7 +557,7 @@ class Contract(RuleBasedStateMachine):
             assert len(excluded) in {0, len(names)}
             assert bool(excluded) == bool(fresh)
         for request in fresh:
-            self.gone[request] = records
+            self.gone[request] = wordings_of(records)
             self.people_gone |= set(ids)
             for record in records:
                 del self.rows[record]
@@ -483,15 +565,23 @@ class Contract(RuleBasedStateMachine):
 
     def _expect(self) -> None:
         """Remember what the keys that may be trained from now on see."""
-        self.seen |= self.world.seen_by_keys(frozenset(self.rows), self.generations)
+        self.seen |= self.world.seen_by_keys(self._said(), self.generations)
+
+    def _said(self) -> frozenset[Said]:
+        return frozenset((record, self.wordings.get(record, 0)) for record in self.rows)
 
     def _is_gone(self, record: str) -> bool:
         """Whether a record must not enter, or not again."""
         return bool(self.people_gone & {record, self.world.owners[record]})
 
-    def _deleted(self) -> set[str]:
+    def _deleted(self) -> set[Said]:
+        """Rows that must not count any more: of deleted people, and what was corrected."""
         brought = {record for g in range(self.generations + 1) for record in self.world.brought(g)}
-        return brought - self.rows.keys()
+        return wordings_of(brought) - self._said()
+
+
+def wordings_of(records: Iterable[str]) -> set[Said]:
+    return {(record, wording) for record in records for wording in range(WORDINGS)}
 
 
 COMMON = {

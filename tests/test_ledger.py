@@ -168,6 +168,19 @@ def test_keys_and_digests_of_a_purged_stage_leave_the_files(ledger: Ledger, byte
     ]
 
 
+def test_digests_of_erased_rows_leave_the_files(ledger: Ledger, bytes_of: BytesOf) -> None:
+    """Whoever has the key and the other rows could test a guess about the deleted against them."""
+    ledger.requests.accept([Target("subject", b"a" * 16, ((1, 2),))], reason="")
+    seen = ledger.partitions.get(1, 2).changes
+    ledger.partitions.prepare_erasure(1, 2, records=9, subjects=9, membership="m-without-a")
+    assert ledger.partitions.finish_erasure(1, 2, changes=seen)
+    ledger.shed()
+    left = bytes_of()
+    assert b"m-1-2" not in left
+    assert b"m-without-a" in left
+    assert b"m-1-1" in left
+
+
 def test_what_somebody_still_sees_is_not_called_gone(postgres: Server, postgres_place: PostgresPlace) -> None:
     """A dump, or a session that was forgotten: the server carries along what it may still ask for."""
     made = Ledger.create(postgres_place)

@@ -43,12 +43,14 @@ def settle_all(store: OpenStore, reporter: Reporter) -> dict[int, SisaError]:
     damaged: dict[int, SisaError] = {}
     for request in store.ledger.requests.open():
         damaged |= settle(store, request, reporter)
-    for partition in store.ledger.partitions.all():
-        if partition.dirty and partition.shard not in damaged:
-            try:
-                erase_partition(store, partition.shard, partition.slice)
-            except DamagedError as error:
-                damaged[partition.shard] = error
+    dirty = [p for p in store.ledger.partitions.all() if p.dirty and p.shard not in damaged]
+    for partition in dirty:
+        try:
+            erase_partition(store, partition.shard, partition.slice)
+        except DamagedError as error:
+            damaged[partition.shard] = error
+    if dirty:
+        store.ledger.shed()
     _clear_marks(store)
     return damaged
 

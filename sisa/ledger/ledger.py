@@ -123,8 +123,11 @@ class Ledger:
         return [{"number": r["number"], "at": r["at"], "kind": r["kind"], **json.loads(r["detail"])} for r in rows]
 
     def shed(self) -> None:
-        """Have the engine let go of what purged stages, and dropped parameters, have left in its files."""
-        self.database.shed("stages", "members", "fitted")
+        """Have the engine let go of what purged stages, dropped parameters and erased rows have left in its files.
+
+        Of the rows that is what their slices held: against such a digest a guess about the deleted could be tested.
+        """
+        self.database.shed("stages", "members", "fitted", "partitions")
 
     def check(self) -> None:
         """Check what the engine can check of itself.
