@@ -122,8 +122,12 @@ class Layout:
 
     @property
     def scratch(self) -> Path:
-        """Where a replay retrains; removed after it."""
+        """Where a replay retrains, and where rows wait for their batches; removed afterwards."""
         return self.root / "scratch"
+
+    def waiting_rows(self, shard: int) -> Path:
+        """Where rows of a shard wait for their batches while its stages train; nobody's but who holds its lock."""
+        return self.scratch / f"rows-{shard:04d}"
 
     def partition(self, shard: int, slice_: int) -> Path:
         """The folder with the rows of one slice; 0 is this shard's part of the holdout, -g what generation g added."""
