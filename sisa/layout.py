@@ -176,13 +176,17 @@ class Layout:
 
     @property
     def scratch(self) -> Path:
-        """Where a replay of a local store retrains; removed after it."""
+        """Where a replay of a local store retrains, and rows wait for their batches; removed afterwards."""
         return self._local(SCRATCH_KEY)
 
     @property
     def spool(self) -> Path:
         """Where rows wait while they are sorted, on a local disk; removed after it."""
         return self.root / f"{TEMPORARY}records"
+
+    def waiting_rows(self, shard: int) -> Path:
+        """Where rows of a shard wait for their batches while its stages train; nobody's but who holds its lock."""
+        return self.scratch / f"rows-{shard:04d}"
 
     def partition(self, shard: int, slice_: int) -> Path:
         """The folder with the rows of one slice of a local store."""

@@ -22,6 +22,8 @@ SEMANTICS = 1
 """Number of our training semantics. Raise it whenever the same recipe and records would give other bits."""
 
 DIGEST_BYTES = 16
+_ROWS = 1 << 16
+"""Records digested at a time: memory beside the digests themselves doesn't grow with their number."""
 
 
 def canonical_order(id_digests_N16: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -58,8 +60,11 @@ def membership(id_digests_N16: NDArray[np.uint8], content_digests_N16: NDArray[n
     if len(id_digests_N16) != len(content_digests_N16):
         raise ValueError(f"{len(id_digests_N16)} id digests, but {len(content_digests_N16)} content digests")
     order = canonical_order(id_digests_N16)
-    rows = np.concatenate([id_digests_N16[order], content_digests_N16[order]], axis=1)
-    return hashlib.sha256(len(rows).to_bytes(8, "little") + rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(len(order).to_bytes(8, "little"))
+    for start in range(0, len(order), _ROWS):
+        part = order[start : start + _ROWS]
+        digest.update(np.concatenate([id_digests_N16[part], content_digests_N16[part]], axis=1).tobytes())
+    return digest.hexdigest()
 
 
 def stage_key(

@@ -8,6 +8,9 @@ purge; a trainer gives the latter up when it sees the mark.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -27,6 +30,7 @@ from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition, rewrite_partition
 from sisa.routing.keys import shard_keys
+from sisa.training.waiting import sweep_waiting
 
 PURGED = STATES.index("stages_purged")
 RESTORE = "Restore the ledger from a copy."
@@ -73,6 +77,9 @@ def settle(store: OpenStore, request: Request, reporter: Reporter) -> dict[int, 
         except DamagedError as error:
             damaged.setdefault(shard, error)
     sweep_incoming(store, reporter)
+    for shard in request.shards:
+        with contextlib.suppress(_OvertakenError), _shard_held(store, shard, reporter, request):
+            sweep_waiting(store.layout, shard)  # a running training has ended by now, and let its rows go
     if not damaged:
         remove_correction(store, request)
         store.ledger.requests.advance(request.id, "rows_erased")
@@ -202,14 +209,7 @@ def purge_shard(
     Nothing happens if ``request``, for which it is done, was purged meanwhile by another process: what lies
     there unentered may by now be what its repair has just trained.
     """
-    told: list[bool] = []
-
-    def waiting() -> None:
-        if not told:
-            reporter.note(f"waiting for a running training to let go of shard {shard}")
-            told.append(True)
-
-    with store.coordination.shard(shard).held(poll=waiting) as lock:
+    with contextlib.suppress(_OvertakenError), _shard_held(store, shard, reporter, request) as lock:
         if request is not None and _purged(store, request):
             return
         rows = store.ledger.stages.all(shard)
@@ -227,6 +227,26 @@ def purge_shard(
                 lock.check()
                 store.checkpoints.remove(StageId(shard, row.stage, row.key, row.platform))
                 store.ledger.stages.forget(row)
+
+
+class _OvertakenError(Exception):
+    """Another process did for a request what we waited to do."""
+
+
+def _shard_held(
+    store: OpenStore, shard: int, reporter: Reporter, request: Request | None
+) -> AbstractContextManager[Held]:
+    """Hold a shard's lock; whoever purged for the request meanwhile may train on, for as long as that takes."""
+    told: list[bool] = []
+
+    def waiting() -> None:
+        if request is not None and _purged(store, request):
+            raise _OvertakenError
+        if not told:
+            reporter.note(f"waiting for a running training to let go of shard {shard}")
+            told.append(True)
+
+    return store.coordination.shard(shard).held(poll=waiting)
 
 
 def _purged(store: OpenStore, request: Request) -> bool:

@@ -98,6 +98,7 @@ def _task(store: OpenStore, plan: Plan, execution: Execution, slices: list[Parti
     shard = slices[0].shard
     clean = [row for row in store.ledger.stages.all(shard) if not row.tainted and row.platform == plan.platform]
     known = {row.key: row.full_digest for row in clean}
+    each = execution.each(store.recipe)
     return ChainTask(
         layout=store.layout,
         checkpoints=plan.checkpoints,
@@ -111,7 +112,9 @@ def _task(store: OpenStore, plan: Plan, execution: Execution, slices: list[Parti
         known=known if plan.enter else {},
         read_reused=plan.read_reused,
         heal=plan.heal,
-        snapshot_every_s=execution.each(store.recipe).snapshot_every_s if plan.enter else None,
+        snapshot_every_s=each.snapshot_every_s if plan.enter else None,
+        rows_in_memory=each.rows_in_memory,
+        memory_bytes=each.memory_bytes,
         ledger=store.recipe.ledger,
     )
 

@@ -135,18 +135,19 @@ class StackGradients:
     """Gradients of linear layers with one activation between them."""
 
     def __init__(self, linears: Sequence[nn.Linear], activation: str, resident: Resident) -> None:
-        self._rows_ND = resident.rows_ND
+        self._resident = resident
         self._activation = _ACTIVATIONS[activation]
         self._layers = [_layer(linear) for linear in linears]
         self._gradients = [g for layer in self._layers for g in (layer.weight_gradient_OI, layer.bias_gradient_O)]
         self._spaces: dict[int, tuple[list[_Space], torch.Tensor]] = {}
-        self._one = torch.ones((), device=self._rows_ND.device)
+        self._device = resident.rows_ND.device
+        self._one = torch.ones((), device=self._device)
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, rows_B: torch.Tensor, labels_B: torch.Tensor) -> Sequence[torch.Tensor | None]:
         """Return one gradient per trainable parameter; their memory is used again by the next call."""
         spaces, count = self._spaces.get(len(rows_B)) or self._make_spaces(len(rows_B))
-        torch.index_select(self._rows_ND, 0, rows_B, out=spaces[0].input_BI)
+        torch.index_select(self._resident.rows_ND, 0, rows_B, out=spaces[0].input_BI)
         activation, last = self._activation, spaces[-1]
         for layer, space in zip(self._layers, spaces, strict=True):
             torch.addmm(layer.bias_O, space.input_BI, layer.weight_IO, out=space.linear_BO)
@@ -178,16 +179,16 @@ class StackGradients:
 
     def _make_spaces(self, batch: int) -> tuple[list[_Space], torch.Tensor]:
         def empty(width: int) -> torch.Tensor:
-            return torch.empty((batch, width), device=self._rows_ND.device)
+            return torch.empty((batch, width), device=self._device)
 
         spaces: list[_Space] = []
-        input_BI = empty(self._rows_ND.shape[1])
+        input_BI = empty(self._resident.rows_ND.shape[1])
         for layer in self._layers:
             width = len(layer.bias_O)
             gradient_BO = empty(width)
             spaces.append(_Space(input_BI, empty(width), empty(width), gradient_BO, gradient_BO.t()))
             input_BI = spaces[-1].output_BO
-        self._spaces[batch] = (spaces, torch.full((), float(batch), device=self._rows_ND.device))
+        self._spaces[batch] = (spaces, torch.full((), float(batch), device=self._device))
         return self._spaces[batch]
 
 

@@ -15,6 +15,7 @@ Shape suffixes: N records, P numeric features, V vectors' number, D elements of 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,16 +58,36 @@ class Preprocessor:
         specs = [spec for _, spec in feature_specs(recipe)]
         numeric = [spec for spec in specs if spec.type == "numeric"]
         vector = [spec for spec in specs if spec.type == "vector"]
-        categorical = [spec for spec in specs if spec.type == "categorical"]
-        numeric_scales = [_scale(spec, first.numeric_NP[:, index]) for index, spec in enumerate(numeric)]
-        vector_scales = [_scale(spec, values) for spec, values in zip(vector, first.vectors, strict=True)]
+        return cls.fitted(
+            recipe,
+            numeric=[_scale(spec, first.numeric_NP[:, index]) for index, spec in enumerate(numeric)],
+            vector=[_scale(spec, values) for spec, values in zip(vector, first.vectors, strict=True)],
+            categories=first.categories,
+        )
+
+    @classmethod
+    def fitted(
+        cls,
+        recipe: Recipe,
+        *,
+        numeric: list[tuple[float, float]],
+        vector: list[tuple[float, float]],
+        categories: Sequence[Categories],
+    ) -> Preprocessor:
+        """Take means and standard deviations as they are, and vocabularies from what is declared or used.
+
+        Args:
+            recipe: A resolved recipe.
+            numeric: Mean and standard deviation of each numeric feature.
+            vector: The same of each vector.
+            categories: Each categorical feature of the first slice; a code that is used twice counts once.
+        """
+        categorical = [spec for _, spec in feature_specs(recipe) if spec.type == "categorical"]
         return cls._of(
             recipe,
-            numeric_scale_2P=_scales(numeric_scales),
-            vector_scale_2V=_scales(vector_scales),
-            vocabularies=tuple(
-                _vocabulary(spec, column) for spec, column in zip(categorical, first.categories, strict=True)
-            ),
+            numeric_scale_2P=_scales(numeric),
+            vector_scale_2V=_scales(vector),
+            vocabularies=tuple(_vocabulary(spec, column) for spec, column in zip(categorical, categories, strict=True)),
         )
 
     @classmethod

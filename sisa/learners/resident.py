@@ -18,7 +18,7 @@ from sisa.learners.preprocess import Preprocessor
 from sisa.recipe import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resident:
     """Rows that a model is fed from."""
 
@@ -44,7 +44,7 @@ class Resident:
         if len(feature_shape) == 3 and not channels_last:
             channels, height, width = feature_shape
             images = rows_ND.view(-1, height, width, channels).permute(0, 3, 1, 2)
-            rows_ND = images.reshape(len(rows_ND), -1).contiguous()
+            rows_ND = images.reshape(len(rows_ND), channels * height * width).contiguous()
         return cls(rows_ND, feature_shape, channels_last)
 
     def batch(self, rows_B: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,7 @@ def _left_behind(store: OpenStore, path: Path) -> str:
     if path == layout.incoming or path.parent == layout.corrections:
         left = path.is_dir()
     elif path.parent == layout.scratch:
-        left = bool(REPLAY.fullmatch(path.name)) and path.is_dir()
+        left = path.is_dir() and bool(REPLAY.fullmatch(path.name) or path in _waiting(store))
     else:
         swept = {layout.root, *(checkpoints / shard_folder(shard) for shard in range(store.shards))}
         left = path.parent in swept and path.name.startswith(TEMPORARY)
@@ -88,6 +88,11 @@ def _left_behind(store: OpenStore, path: Path) -> str:
             return "a recovery snapshot of a training that was killed; `sisa repair` or `sisa train` goes on from it or removes it"
     goes_on = "sisa repair" if store.ledger.ingested else "sisa train"
     return f"left by a command that was killed; `{goes_on}` removes it" if left else ""
+
+
+def _waiting(store: OpenStore) -> set[Path]:
+    """Where rows wait while a stage trains: folders that are there for a moment only."""
+    return {store.layout.waiting_rows(shard) for shard in range(store.shards)}
 
 
 def _links(root: Path) -> list[Path]:

@@ -9,7 +9,7 @@ trains with one thread computes the same as any other.
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -32,6 +32,10 @@ class WorkersSpec(Section):
     """GPUs, or a fraction of one; by default one for each device with ``training.device: cuda``, else 0."""
     memory: int | str | None = None
     """Bytes, or text such as ``4GiB``. Ray places workers by it and doesn't enforce it."""
+    rows_in_memory: Literal["auto", "always", "never"] = "auto"
+    """Whether a stage's preprocessed rows are held in memory: ``never`` streams them from disk in the order of each
+    epoch, with the same bits; ``auto`` does so where they would take more than half of ``memory``, or without that of
+    what the machine has left."""
     snapshot_every_s: float | None = Field(default=300.0, ge=0.0)
     """Seconds of training between two recovery snapshots of a stage; null: none. Not kept yet with several devices."""
     devices_per_shard: int = Field(default=1, ge=1, le=MOST_DEVICES)

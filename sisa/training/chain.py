@@ -23,16 +23,16 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sisa.checkpoints import Manifest, SnapshotId, StageId, checkpoints_at
 from sisa.coordination import Held, HeldElsewhere, coordination_at
-from sisa.errors import DamagedError, FootingError, SisaError, StaleError
+from sisa.errors import DamagedError, FootingError, SisaError
 from sisa.layout import Layout
-from sisa.learners.columns import Columns
+from sisa.learners.feed import Rows
 from sisa.learners.source import code_version
 from sisa.ledger import StageRow, place_of
 from sisa.lineage import stage_key
@@ -44,9 +44,10 @@ from sisa.training.events import Report, StageDone, Trained
 from sisa.training.order import batch_count
 from sisa.training.platform import fingerprint, platform_id
 from sisa.training.recovery import Provenance, Recovery
-from sisa.training.rows import read_slice
+from sisa.training.rows import ShardRows
 from sisa.training.stage import Stopped, TrainingError, train_stage
 from sisa.training.together import Together, task_data
+from sisa.training.waiting import sweep_waiting
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class ChainTask:
     """Retrain a damaged stage instead of reporting it."""
     snapshot_every_s: float | None = None
     """Seconds of training between two recovery snapshots of a stage; None for none."""
+    rows_in_memory: str = "auto"
+    """Whether rows are held in memory: ``auto``, ``always`` or ``never``. It decides no bit."""
+    memory_bytes: int | None = None
+    """Memory of this worker, if anybody said."""
     ledger: str | None = None
     """Where locks and marks are, if not in the store's folder: what the store's recipe says of its ledger."""
 
@@ -121,11 +126,18 @@ def run_chain(task: ChainTask, report: Report) -> None:
         if stopped():
             raise Stopped(f"training of shard {task.shard} was stopped by a deletion")
         _check_footing(task)
-        _Chain(task, layout, stopped, report, lock).walk()
+        sweep_waiting(layout, task.shard)
+        try:
+            _Chain(task, layout, stopped, report, lock).walk()
+        finally:
+            sweep_waiting(layout, task.shard)
 
 
-def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
+@contextlib.contextmanager
+def stage_inputs(task: ChainTask, stage: int) -> Iterator[tuple[StageState, Rows]]:
     """Read what a stage starts from, for a process that trains it with the one that walks the chain.
+
+    What it reads stays for the length of a ``with`` block.
 
     Raises:
         StaleError: The rows are not those that the task was planned with.
@@ -133,7 +145,9 @@ def stage_inputs(task: ChainTask, stage: int) -> tuple[StageState, Columns]:
         FootingError: This process runs other code or another platform than the chain's.
     """
     _check_footing(task)
-    return _Chain(task, task.layout, lambda: False, lambda _: None, HeldElsewhere()).inputs(stage)
+    chain = _Chain(task, task.layout, lambda: False, lambda _: None, HeldElsewhere())
+    with contextlib.closing(chain.rows):
+        yield chain.inputs(stage)
 
 
 class _Chain:
@@ -143,21 +157,20 @@ class _Chain:
         self, task: ChainTask, layout: Layout, stopped: Callable[[], bool], report: Report, lock: Held
     ) -> None:
         self._task = task
-        self._layout = layout
         self._stopped = stopped
         self._report = report
         self._lock = lock
         self._checkpoints = checkpoints_at(task.layout.uri, task.checkpoints)
         self._keys = chain_keys(task)
         self._together = Together(task.recipe)
-        self._rows: list[Columns] = []
+        self.rows = ShardRows(task, layout)
         self._newest: tuple[int, StageState] = (0, StageState({}, {}))
 
     def walk(self) -> None:
         """Reuse what is there, train what isn't."""
         # What a killed worker left unfinished, and snapshots from which no stage can go on.
         self._checkpoints.sweep(self._task.shard, keep=self._kept, keep_snapshot=self._resumable)
-        with contextlib.closing(self._together):
+        with contextlib.closing(self.rows), contextlib.closing(self._together):
             for stage in range(1, len(self._keys) + 1):
                 manifest = self._found(stage)
                 reused = manifest is not None
@@ -214,7 +227,7 @@ class _Chain:
         budget = epoch_budget(epochs=task.recipe.training.epochs, slices=slices, generations=len(self._keys) - slices)
         epochs = budget[stage - 1]
         records = sum(task.records[:stage])
-        parent, columns = self._parent(stage), self._columns(stage)
+        parent, columns = self.inputs(stage)
         said = Provenance(
             parent_key=self._keys[stage - 2] if stage > 1 else "",
             records=records,
@@ -279,22 +292,10 @@ class _Chain:
         known = {self._keys[stage - 2]: full_digest(parent)} if stage > 1 else {}
         return {"task": task_data(replace(self._task, known=known)), "epochs": epochs}
 
-    def inputs(self, stage: int) -> tuple[StageState, Columns]:
-        """Read what a stage starts from."""
-        return self._parent(stage), self._columns(stage)
-
-    def _columns(self, stage: int) -> Columns:
-        """Read the rows of slices 1..stage, each slice once, and make sure that they are the expected ones."""
-        task = self._task
-        for slice_ in range(len(self._rows) + 1, stage + 1):
-            columns, membership = read_slice(self._layout, task.recipe, task.keys, slice_)
-            if membership != task.memberships[slice_ - 1]:
-                raise StaleError(
-                    f"the rows of slice {slice_} of shard {task.shard} are not those that the ledger expects",
-                    hint="Restore the partition from a copy: rows can't be retrained.",
-                )
-            self._rows.append(columns)
-        return Columns.concatenate(self._rows[:stage])
+    def inputs(self, stage: int) -> tuple[StageState, Rows]:
+        """Read what a stage starts from: the state before it, and the rows of slices 1..stage."""
+        parent = self._parent(stage)
+        return parent, self.rows.through(stage, parent)
 
 
 def _check_footing(task: ChainTask) -> None:

@@ -4,7 +4,7 @@ The order is a keyed permutation of the survivors: each record's place follows f
 the stage and the epoch, so that a record that is gone leaves no hole and moves no two others. Batches are cut from
 that order alone.
 
-Shape suffixes: N records, W words.
+Shape suffixes: N records, B of them at a time, W words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from sisa.learners.columns import Array
-from sisa.routing.siphash import siphash_words
+from sisa.routing.siphash import BLOCK, siphash_words
 
 
 def epoch_order(order_key: bytes, uids_N: Array, *, seed: int, stage: int, epoch: int) -> Array:
@@ -25,10 +25,14 @@ def epoch_order(order_key: bytes, uids_N: Array, *, seed: int, stage: int, epoch
         stage: 1..R.
         epoch: 0.. within the stage.
     """
-    words_NW = np.empty((len(uids_N), 4), np.uint64)
-    words_NW[:, 0] = uids_N
-    words_NW[:, 1:] = np.array([seed, stage, epoch], np.uint64)
-    return np.argsort(siphash_words(order_key, words_NW), kind="stable")
+    hashes_N = np.empty(len(uids_N), np.uint64)
+    for start in range(0, len(uids_N), BLOCK):  # words of all records at a time would take 32 bytes of each
+        part = uids_N[start : start + BLOCK]
+        words_BW = np.empty((len(part), 4), np.uint64)
+        words_BW[:, 0] = part
+        words_BW[:, 1:] = np.array([seed, stage, epoch], np.uint64)
+        hashes_N[start : start + BLOCK] = siphash_words(order_key, words_BW)
+    return np.argsort(hashes_N, kind="stable")
 
 
 def batch_sizes(*, records: int, batch_size: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Stages that several processes train together: the side of those that follow the first one.
 
 Runs as ``python -m sisa.training.peer``. Of each stage one line of its input says what to train, and a second one that
-all are ready; its output has ``ready``, and an error as JSON if there is one. It writes no file, and ends with its input.
+all are ready; its output has ``ready``, and an error as JSON if there is one. It writes no file that has a name, and ends with its
+input.
 """
 
 from __future__ import annotations
@@ -59,24 +60,24 @@ def _listen(lines: queue.SimpleQueue[str]) -> None:
 
 def _train(told: dict[str, Any], lines: queue.SimpleQueue[str], answers: Any) -> None:
     task, stage = _task_from(told["task"]), told["stage"]
-    parent, columns = stage_inputs(task, stage)
-    answers.write("ready\n")
-    answers.flush()
-    lines.get()
-    group = Group(Path(told["meeting"]), rank=told["rank"], size=told["size"], device=task.recipe.training.device)
-    state = train_stage(
-        recipe=task.recipe,
-        class_count=len(task.recipe.data.classes or []),
-        shard=task.shard,
-        stage=stage,
-        epochs=told["epochs"],
-        parent=parent,
-        columns=columns,
-        keys=task.keys,
-        should_stop=lambda: False,
-        on_progress=lambda _: None,
-        group=group,
-    )
+    with stage_inputs(task, stage) as (parent, columns):
+        answers.write("ready\n")
+        answers.flush()
+        lines.get()
+        group = Group(Path(told["meeting"]), rank=told["rank"], size=told["size"], device=task.recipe.training.device)
+        state = train_stage(
+            recipe=task.recipe,
+            class_count=len(task.recipe.data.classes or []),
+            shard=task.shard,
+            stage=stage,
+            epochs=told["epochs"],
+            parent=parent,
+            columns=columns,
+            keys=task.keys,
+            should_stop=lambda: False,
+            on_progress=lambda _: None,
+            group=group,
+        )
     group.agree(full_digest(state))
 
 

@@ -12,17 +12,18 @@ training that goes on from there makes the same steps. Bits are the same on one 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import torch
 
 from sisa.errors import SisaError, UserError
 from sisa.learners.alike import alike
 from sisa.learners.columns import Array, Columns
+from sisa.learners.feed import Feed, Rows, feed_of
 from sisa.learners.flags import derived_seed, device_of, seed_everything, training_flags
 from sisa.learners.generators import dump_generators, restore_generators
 from sisa.learners.gradients import Gradients, build_gradients, trainable
@@ -30,7 +31,6 @@ from sisa.learners.models import build_model
 from sisa.learners.modules import INIT_SEED, dump_module, init_seed, restore_module
 from sisa.learners.optimizers import Optimizer, build_optimizer
 from sisa.learners.preprocess import Preprocessor
-from sisa.learners.resident import Resident
 from sisa.learners.schedules import Schedule, build_schedule
 from sisa.learners.shared import Exchange, SharedGradients, require_shareable
 from sisa.recipe import Recipe
@@ -74,7 +74,7 @@ def train_stage(
     stage: int,
     epochs: int,
     parent: StageState,
-    columns: Columns,
+    columns: Rows,
     keys: ShardKeys,
     should_stop: Callable[[], bool],
     on_progress: Callable[[int], None],
@@ -91,7 +91,7 @@ def train_stage(
         stage: 1..R.
         epochs: Passes over ``columns``.
         parent: State of stage - 1; empty for the first stage, or if slices before this one had no records.
-        columns: Records of slices 1..stage, in canonical order.
+        columns: Records of slices 1..stage, in canonical order, in memory or streamed: bits are the same.
         keys: The shard's keys.
         should_stop: Asked several times a second.
         on_progress: Told, several times a second, how many records *more* went through the model.
@@ -144,6 +144,10 @@ def _keep(run: _Run, keeping: Keeping, *, last_step: int) -> None:
         keeping.unfit()
 
 
+def _fitted(recipe: Recipe, rows: Rows) -> Preprocessor:
+    return Preprocessor.fit(recipe, rows.first_slice()) if isinstance(rows, Columns) else rows.fit(recipe)
+
+
 class _Watch:
     """Looks up from the work now and then."""
 
@@ -191,14 +195,14 @@ class _Run:
         class_count: int,
         shard: int,
         parent: StageState,
-        columns: Columns,
+        columns: Rows,
         group: Exchange | None,
     ) -> None:
         device = device_of(recipe)
         self._recipe, self._class_count = recipe, class_count
         if parent.empty:
             self._seed = derived_seed("sisa-init", recipe.training.seed, shard)
-            self._preprocessor = Preprocessor.fit(recipe, columns.first_slice())
+            self._preprocessor = _fitted(recipe, columns)
         else:
             self._seed = init_seed(parent)
             self._preprocessor = Preprocessor.from_state(recipe, parent)
@@ -213,12 +217,11 @@ class _Run:
         if not parent.empty:
             self._schedule.restore(parent)
             self._optimizer.restore(parent)  # after the schedule, which sets a learning rate when it is built
-        resident = Resident.of(columns, self._preprocessor, recipe=recipe, device=device)
-        self._gradients: Gradients = build_gradients(recipe, self._module, resident)
+        self._feed: Feed = feed_of(columns, self._preprocessor, recipe=recipe, device=device)
+        self._gradients: Gradients = build_gradients(recipe, self._module, self._feed.resident)
         if group is not None:
             require_shareable(self._module)
             self._gradients = SharedGradients(self._gradients, list(trainable(self._module).values()), group)
-        self._labels_N = torch.tensor(columns.labels_N, device=device)
         self._sizes = batch_sizes(records=columns.count, batch_size=recipe.training.batch_size)
         self._epoch, self._batch = 0, 0
 
@@ -240,16 +243,14 @@ class _Run:
 
     def epoch(self, order_N: Array, watch: _Watch) -> None:
         """Train one pass over the records in the given order, without the batches that lie behind."""
-        order = torch.tensor(order_N, device=self._labels_N.device)
-        labels = self._labels_N.index_select(0, order)
         self._module.train()
         self._schedule.begin_epoch()
         gradients, optimizer = self._gradients, self._optimizer
-        sizes, first = self._sizes, self._batch
-        for rows_B, labels_B in zip(torch.split(order, sizes)[first:], torch.split(labels, sizes)[first:], strict=True):
-            optimizer.step(gradients(rows_B, labels_B))
-            self._batch += 1
-            watch.add(len(rows_B))
+        with contextlib.closing(self._feed.epoch(order_N, self._sizes, first=self._batch)) as batches:
+            for rows_B, labels_B in batches:
+                optimizer.step(gradients(rows_B, labels_B))
+                self._batch += 1
+                watch.add(len(rows_B))
         self._schedule.end_epoch()
 
     def check(self, *, shard: int, stage: int) -> None:

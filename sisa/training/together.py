@@ -2,7 +2,7 @@
 
 The first process is the one that walks the chain. It starts the others on the same machine, tells each over a pipe
 which stage of which shard to train, and waits until all have read their rows; then they train in step. The others read
-rows and the parent's state themselves, write nothing, and end as soon as the first one is gone. A stage counts only if
+rows and the parent's state themselves, write nothing that has a name, and end as soon as the first one is gone. A stage counts only if
 all of them end in the same state, down to the last bit.
 """
 
