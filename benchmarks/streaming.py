@@ -2,8 +2,8 @@
 
 Purchase-shaped work in one shard without slices, read from its partition as a chain reads it. Each measurement is a process of
 its own; throughput is that of the epochs alone, taken in turn, the best of several. Memory is anonymous memory (``RssAnon``)
-above what the process has after its imports: pages of the mapped file belong to the page cache, which the kernel takes
-back when it needs it. The first epoch's time includes nothing of reading and fitting; both are given apart.
+above what the process has after its imports. Pages of the mapped file belong to the page cache, which the kernel takes
+back when it needs it. Reading, and what is done before the first batch, are given apart. Processor time tells more where others use the machine.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
         records=(asked["records"],),
         rows_in_memory=WAYS[asked["way"]],
     )
-    epochs: list[float] = []
+    epochs: list[tuple[float, float]] = []
     done = [0]
 
     def progress(count: int) -> None:
-        done[0] += count
-        epochs.append(time.perf_counter())
+        done[0] += count if epochs else 0
+        epochs.append((time.perf_counter(), time.process_time()))
 
     arguments: dict[str, Any] = {"recipe": recipe, "class_count": 2, "shard": 0, "stage": 1, "parent": StageState()}
     with peak() as seen, contextlib.closing(ShardRows(task, Layout(Path(asked["root"])))) as rows:
@@ -118,11 +118,12 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
             should_stop=lambda: False,
             on_progress=progress,
         )
-    trained = epochs[-1] - epochs[0]
+    trained, worked = (end - start for start, end in zip(epochs[0], epochs[-1], strict=True))
     return {
-        "samples_per_s": round((done[0] - asked.get("first", 0)) / trained),
+        "samples_per_s": round(done[0] / trained),
+        "samples_per_cpu_s": round(done[0] / worked),
         "read_s": round(read - started, 2),
-        "until_first_batch_s": round(epochs[0] - read, 2),
+        "until_first_batch_s": round(epochs[0][0] - read, 2),
         "peak_mib": round(seen[0] / 2**20, 1),
         "digest": full_digest(state),
     }
@@ -151,11 +152,13 @@ def compare(
         for way in WAYS:
             runs[way].append(in_process(way=way, **asked))
     best = {way: max(run["samples_per_s"] for run in found) for way, found in runs.items()}
+    cheapest = {way: max(run["samples_per_cpu_s"] for run in found) for way, found in runs.items()}
     return {
         "records": records,
         "batch_size": batch_size,
         **{f"{way}_samples_per_s": rate for way, rate in best.items()},
         "ratio": round(best["streamed"] / best["resident"], 3),
+        "ratio_of_processor_time": round(cheapest["streamed"] / cheapest["resident"], 3),
         **{
             f"{way}_{name}": found[-1][name]
             for way, found in runs.items()

@@ -1,16 +1,14 @@
 """Where the batches of an epoch come from: all rows preprocessed on the device, or some of them at a time.
 
 Both give a model the same batches with the same bits. Streamed rows are fetched and preprocessed a block of batches at a
-time, in the order of the epoch; while the model is trained on one block, a thread makes the next one ready.
+time, in the order of the epoch.
 
 Shape suffixes: N records, D elements of a row, B batch.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeAlias
 
 import torch
@@ -23,10 +21,8 @@ from sisa.recipe import Recipe
 
 Batches: TypeAlias = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
 Rows: TypeAlias = Columns | StreamedRows
-_Block: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Preprocessed rows and their labels."""
 BLOCK_BYTES = 1 << 22
-"""Bytes of preprocessed rows of a block; two are there at a time. Another number gives the same bits."""
+"""Bytes of preprocessed rows of a block. Another number gives the same bits."""
 
 
 class Feed(Protocol):
@@ -66,7 +62,7 @@ class _Whole:
 
 
 class _Streamed:
-    """A block of rows is there, and another one on its way."""
+    """A block of rows is there at a time."""
 
     def __init__(self, rows: StreamedRows, preprocessor: Preprocessor, *, recipe: Recipe, device: torch.device) -> None:
         self._rows = rows.known(preprocessor.vocabularies)
@@ -74,35 +70,26 @@ class _Streamed:
         self._recipe = recipe
         self._device = device
         self._width = sum(preprocessor.widths)
-        self._rooms = deque([torch.empty((0, self._width))] * 2)
-        self.resident = self._placed(torch.zeros((0, self._width)))
+        self._room_ND = torch.empty((0, self._width))
+        self.resident = self._placed(self._room_ND)
 
     def epoch(self, order_N: Array, sizes: list[int], *, first: int) -> Batches:
-        coming: deque[tuple[Future[_Block], list[int]]] = deque()
-        with ThreadPoolExecutor(1, "sisa-rows") as ahead:
-            for start, stop, batches in _blocks(sizes, first=first, most=BLOCK_BYTES // (4 * max(1, self._width))):
-                coming.append((ahead.submit(self._fetch, order_N[start:stop]), batches))
-                if len(coming) > 1:
-                    yield from self._cut(*coming.popleft())
-            while coming:
-                yield from self._cut(*coming.popleft())
+        for start, stop, batches in _blocks(sizes, first=first, most=BLOCK_BYTES // (4 * max(1, self._width))):
+            labels_N = self._fetch(order_N[start:stop])
+            places_N = torch.arange(len(labels_N), device=self._device)
+            yield from zip(torch.split(places_N, batches), torch.split(labels_N, batches), strict=True)
 
-    def _cut(self, block: Future[_Block], batches: list[int]) -> Batches:
-        self.resident.rows_ND, labels_N = block.result()
-        places_N = torch.arange(len(labels_N), device=self._device)
-        yield from zip(torch.split(places_N, batches), torch.split(labels_N, batches), strict=True)
-
-    def _fetch(self, which_N: Array) -> _Block:
+    def _fetch(self, which_N: Array) -> torch.Tensor:
+        """Put a block of rows in the place of the one before it; return its labels."""
         columns = self._rows.rows(which_N)
-        # Two blocks are there at a time, in memory that is kept: fresh memory costs more than what is done with it.
-        if len(self._rooms[-1]) < columns.count:
-            self._rooms[-1] = torch.empty((columns.count, self._width))
-        self._rooms.rotate()
-        rows_ND = self._rooms[0][: columns.count]
+        if len(self._room_ND) < columns.count:  # kept from block to block: fresh memory costs more than all the rest
+            self._room_ND = torch.empty((columns.count, self._width))
+        rows_ND = self._room_ND[: columns.count]
         if self._rows.values:
             rows_ND.zero_()  # of a category only the one that is there is written
         self._preprocessor.transform(columns, out_ND=rows_ND.numpy())
-        return self._placed(rows_ND).rows_ND, torch.tensor(columns.labels_N, device=self._device)
+        self.resident.rows_ND = self._placed(rows_ND).rows_ND
+        return torch.tensor(columns.labels_N, device=self._device)
 
     def _placed(self, rows_ND: torch.Tensor) -> Resident:
         shape = self._preprocessor.feature_shape
