@@ -457,7 +457,8 @@ class Contract(RuleBasedStateMachine):
         deletions = self.gone.keys() - self.corrections
         waiting = {record for request in deletions if states[request] < ERASED for record, _ in self.gone[request]}
         assert self.rows.keys() <= set(present) <= self.rows.keys() | waiting
-        if not waiting and not store.opened.layout.incoming.exists():
+        rewritten = all(state >= ERASED for state in states.values())
+        if rewritten and not store.opened.layout.incoming.exists():
             assert not list((self.root / "records").rglob("tmp-*"))
         self._says_what_it_should(states)
         for name, records in found.items():
