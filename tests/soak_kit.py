@@ -135,6 +135,12 @@ def _unpacked(path: Path) -> bytes:
     return " ".join(texts).encode() + struct.pack(f"<{len(columns['x'])}d", *columns["x"])
 
 
+def stages_of(root: Path) -> set[tuple[int, int, str]]:
+    """(shard, stage, key) of each stage and each snapshot of one that lies there, finished or not."""
+    names = [path for kind in ("stage", "snapshot") for path in (root / "checkpoints").glob(f"shard-*/{kind}-*")]
+    return {(int(path.parent.name[6:]), int(path.name.split("-")[1]), path.name.split("-")[2][:64]) for path in names}
+
+
 def rows_of(root: Path) -> dict[str, tuple[str, Row]]:
     """What each row in the records says, and in which partition; read by another way."""
     found: dict[str, tuple[str, Row]] = {}

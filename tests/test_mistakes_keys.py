@@ -83,6 +83,7 @@ OF_NO_CONSEQUENCE: dict[str, dict[str, Any]] = {
     "workers.cpus": {"workers": {"cpus": 0.5}},
     "workers.gpus": {"workers": {"gpus": 1}},
     "workers.memory": {"workers": {"memory": "4GiB"}},
+    "workers.rows_in_memory": {"workers": {"rows_in_memory": "never"}},
     "workers.snapshot_every_s": {"workers": {"snapshot_every_s": 1}},
 }
 

@@ -66,6 +66,8 @@ class Life:
         self.states: dict[str, int] = {}
         self.digests: set[str] = set()
         """Keys and digests of every stage and every slice that was seen."""
+        self.trained: set[tuple[int, int, str]] = set()
+        """Stages and snapshots on disk, when last looked at."""
         self.reader: Store | None = None
         store = kit.trained(self.recipe, self.root)
         self.route = store.opened.router.route_one
@@ -170,6 +172,8 @@ class Life:
             states = {request.id: STATES.index(request.state) for request in requests}
             assert list(states)[: len(self.states)] == list(self.states), "a request is lost"
             assert all(states[request] >= state for request, state in self.states.items()), "a request moved back"
+            if self.server is None:
+                self._purged([request for request in requests if request.id not in self.states])
             self.states = states
             self._was_heard({request.reason: request.id for request in requests})
             numbers = [number for number, _, _ in ledger.versions.all()]
@@ -215,6 +219,18 @@ class Life:
         found = soak.rows_of(self.root)
         missing = [row.record for row in self.model.survivors() if row.record not in found]
         assert not missing
+
+    def _purged(self, new: list[Any]) -> None:
+        """No stage, and no snapshot of one, is left that was there before a deletion of what it saw.
+
+        Whether it was entered or not: a killed training leaves stages that the ledger doesn't know.
+        """
+        before, self.trained = self.trained, soak.stages_of(self.root)
+        for request in new:
+            if STATES.index(request.state) >= PURGED:
+                for shard, slice_ in request.places:
+                    seen = {name for name in before if name[0] == shard and name[1] >= slice_ > 0}
+                    assert not seen & self.trained, (request, seen & self.trained)
 
     def _forgotten(self) -> None:
         """No byte of the store says who was deleted, or what was corrected."""
