@@ -338,8 +338,10 @@ class TestLocal(Life):
         shutil.rmtree(self.folder / "store", ignore_errors=True)
 
 
-class TestBucket(Life):
-    versioned = False
+class InBucket(Life):
+    """In object storage; what is tested in every run is the harder kind, a bucket that keeps versions."""
+
+    versioned: bool
 
     @pytest.fixture(autouse=True)
     def _place(self, tmp_path: Path, server: S3Server) -> None:
@@ -546,7 +548,12 @@ class TestBucket(Life):
         assert locate(layout.uri) == layout
 
 
-class TestVersionedBucket(TestBucket):
+@pytest.mark.slow
+class TestBucket(InBucket):
+    versioned = False
+
+
+class TestVersionedBucket(InBucket):
     versioned = True
 
     def test_versions_that_others_made_are_told_and_erased_by_a_repair(self) -> None:
