@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from s3_kit import S3Server, everything, ignores_conditions, refuses, uploads
 
 from sisa.errors import BusyError, StoreError, UserError
-from sisa.storage import Storage, objects, parse_address, storage_at
+from sisa.storage import Storage, objects, parse_address, storage_at, versions
 from sisa.storage.local import LocalStorage
 from sisa.storage.objects import ObjectStorage
 from sisa.storage.probe import probe
+from sisa.storage.versions import Version
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,30 @@ class TestVersionedBucket(TestBucket):
         assert storage.keys("") == ["a/b"]
         storage.sweep("a")
         assert self.raw() == {"a/b": b"new"}
+
+    def test_what_was_replaced_goes_even_if_the_first_listing_is_older(self, storage: ObjectStorage) -> None:
+        storage.put("a/b", b"one")
+        before = storage.versions.all("")
+        listings = [before, before]
+        real = storage.versions.all
+
+        def listed(prefix: str) -> list[Version]:
+            return listings.pop() if listings else real(prefix)
+
+        with mock.patch.object(storage.versions, "all", listed):
+            storage.put("a/b", b"two")
+        assert self.raw() == {"a/b": b"two"}
+
+    def test_what_is_never_listed_is_no_success(self, storage: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(versions, "WAIT_S", 0)
+        monkeypatch.setattr(storage.versions, "all", lambda _: [])
+        with pytest.raises(StoreError, match="not listed"):
+            storage.put("a/b", b"one")
+
+    def test_of_many_that_replace_one_key_one_stays(self, storage: ObjectStorage) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: storage.put("a/b", b"%d" % number), range(24)))
+        assert list(self.raw()) == ["a/b"]
 
     def test_more_than_one_page_of_versions_goes(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sisa.storage.versions.BATCH", 3)

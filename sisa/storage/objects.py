@@ -181,8 +181,8 @@ class ObjectStorage:
 
     def _replace(self, key: str, content: Callable[[], Any]) -> None:
         with self.told("write", checked(key)):
-            obstore.put(self.objects, key, content(), chunk_size=PART_BYTES)
-        self.versions.erase(v for v in self.versions.of(self.address.key(key)) if not v.visible)
+            done = obstore.put(self.objects, key, content(), chunk_size=PART_BYTES)
+        self.versions.erase(self.versions.replaced(self.address.key(key), by=done["version"]))
 
     def put_new(self, key: str, content: bytes | memoryview) -> bool:
         """Put ``content`` at ``key`` if nothing lies there; return whether it did.

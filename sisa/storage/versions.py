@@ -9,6 +9,7 @@ The one place that uses boto3 for requests: obstore lists no versions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ from sisa.storage.faults import told
 BATCH = 1000
 """Most that S3 takes in one request."""
 TRIES = 10
+WAIT_S = 0.1
+"""Before an older listing is asked for again, and each time so much longer."""
+UNVERSIONED = "null"
+"""The id of the one version of a key in a bucket without versions."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,42 @@ class Versions:
     def of(self, key: str) -> list[Version]:
         """Return every version of one key."""
         return [version for version in self.all(key) if version.key == key]
+
+    def replaced(self, key: str, *, by: str | None) -> list[Version]:
+        """Return the versions of one key that a write replaced, from a listing that shows that write.
+
+        A listing that is older shows what was replaced as what a reader gets: it would be left there for ever.
+
+        Args:
+            key: Of the bucket.
+            by: The version that was written; None where versions have no ids.
+
+        Raises:
+            StoreError: Every listing is older than the write.
+        """
+        numbered = by not in {None, UNVERSIONED}
+        for attempt in range(TRIES):
+            found = self.of(key)
+            written = [version for version in found if version.id == (by or UNVERSIONED)]
+            if any(version.visible or numbered for version in written):
+                return [version for version in found if not version.visible]
+            if numbered and not self._is_there(key, version=by or ""):
+                return []  # another writer came after us, and has erased what we replaced together with ours
+            time.sleep(attempt * WAIT_S)
+        raise StoreError(
+            f"object storage: older versions of {self._where(key)} can't be told: what was just written is not listed",
+            hint="Run `sisa repair` when the server lists what is there: it erases what is left of older versions.",
+        )
+
+    def _is_there(self, key: str, *, version: str) -> bool:
+        with told("look for a version of", self._where(key)):
+            try:
+                self._client.head_object(Bucket=self._address.bucket, Key=key, VersionId=version)
+            except self._client.exceptions.ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                    return False
+                raise
+        return True
 
     def erase(self, versions: Iterable[Version]) -> None:
         """Erase these versions; what is gone already is no matter.
