@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -76,7 +77,7 @@ class S3Server:
         finally:
             self.faults.remove(fault)
 
-    @property
+    @functools.cached_property
     def client(self) -> Any:
         """A plain boto3 client."""
         return boto3.client("s3", endpoint_url=self.url)
