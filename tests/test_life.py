@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -348,9 +349,10 @@ class InBucket(Life):
         self.folder = tmp_path
         self.server = server
         self.bucket = server.bucket(versioned=self.versioned)
-        for number, name in enumerate(("routing.key", "exclusion.key")):
+        # The routing key is that of the store in a folder to compare with; one server has the ledgers of many tests.
+        for name, key in (("routing.key", "00" * 32), ("exclusion.key", secrets.token_hex(32))):
             path = tmp_path / name
-            path.write_text(f"0{number}" * 32)
+            path.write_text(key)
             path.chmod(0o600)
 
     def recipe(self, table: pa.Table = PEOPLE, **fields: Any) -> dict[str, Any]:

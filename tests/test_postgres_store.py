@@ -502,6 +502,16 @@ def test_a_connection_lost_while_committing_is_no_success_and_repeating_is_the_s
     again.close()
 
 
+def test_a_session_that_ended_within_a_snapshot_is_lost_to_whoever_writes_next(store: Store, postgres: Server) -> None:
+    database = store.opened.ledger.database
+    with database.snapshot():
+        postgres.end_sessions()  # noticed by nobody until the snapshot is let go
+    with pytest.raises(LostError), database.transaction():
+        pytest.fail("nothing can be written")
+    with pytest.raises(LostError), database.snapshot():
+        pytest.fail("nothing can be read")
+
+
 def test_a_commit_that_gave_up_on_its_standby_is_no_success(store: Store, postgres: Server) -> None:
     """Whoever cancels the wait gets a warning and a success: the change is on the server's own disk, and on no other."""
     ended, cancelled = threading.Event(), []

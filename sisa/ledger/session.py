@@ -200,8 +200,8 @@ class Session:
 
     @property
     def in_transaction(self) -> bool:
-        """Whether a transaction was begun and not ended."""
-        return self.connection.info.transaction_status != TransactionStatus.IDLE
+        """Whether a transaction was begun and not ended; one whose connection is gone has ended."""
+        return not self.broken and self.connection.info.transaction_status != TransactionStatus.IDLE
 
     def be_patient(self, seconds: float) -> None:
         """Set how long statements and waits for others may take."""
