@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from sisa.errors import DamagedError, UserError
 from sisa.ledger import SCOPES, Ledger
+from sisa.ledger.tokens import Tokens
 from sisa.serving.doors import TOKEN_KEY, Door, answer_in_one_form, anyone, bearer
 from sisa.serving.limits import REMEMBERED, BodyLimit, RateLimit, Refused, TimeLimit
 
@@ -446,3 +447,66 @@ def test_an_answer_that_began_is_cut_off():
 
     with pytest.raises(TimeoutError):
         asyncio.run(ask(TimeLimit(slow, max_seconds=0.2), "GET", "/"))
+
+
+def test_a_client_that_leaves_is_no_timeout_and_nothing_is_left_on_the_event_loop():
+    async def waiting(*_):
+        await asyncio.sleep(30)
+
+    async def left():
+        limited = TimeLimit(waiting, max_seconds=20)
+        asked = [asyncio.create_task(limited({"type": "http", "headers": []}, None, None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        for task in asked:
+            task.cancel()
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+        return ended, asyncio.get_running_loop()._scheduled
+
+    ended, timers = asyncio.run(left())
+    assert [type(error) for error in ended] == [asyncio.CancelledError] * 3
+    assert all(timer.cancelled() for timer in timers)
+
+
+def test_each_request_has_its_own_time():
+    async def sleeping(scope, _, __):
+        await asyncio.sleep(scope["seconds"])
+
+    async def several():
+        limited = TimeLimit(sleeping, max_seconds=0.4)
+        sent = {name: [] for name in "abc"}
+
+        async def ask_for(name, seconds):
+            async def send(message):
+                sent[name].append(message)
+
+            await limited({"type": "http", "headers": [], "seconds": seconds}, None, send)
+
+        first = asyncio.create_task(ask_for("a", 30))
+        await asyncio.sleep(0.2)
+        await asyncio.gather(first, ask_for("b", 30), ask_for("c", 0.01))
+        return sent
+
+    sent = asyncio.run(several())
+    assert [sent[name][0]["status"] if sent[name] else None for name in "abc"] == [503, 503, None]
+
+
+def test_the_ledger_is_asked_once_a_turn_and_in_the_next_a_revoked_token_is_refused(kit, monkeypatch):
+    text = kit.token("read")
+    asked = []
+    whole = Tokens.find
+    monkeypatch.setattr(Tokens, "find", lambda self, text, **more: asked.append(1) or whole(self, text, **more))
+    door = Door(kit.ledger)
+
+    async def enter():
+        await door.enter(Request({"type": "http", "headers": [(b"authorization", f"Bearer {text}".encode())]}), "read")
+
+    async def before_and_after():
+        await asyncio.gather(*(enter() for _ in range(5)))
+        elsewhere = Ledger.open(kit.path)
+        elsewhere.tokens.revoke(text)
+        elsewhere.close()
+        return await asyncio.gather(*(enter() for _ in range(5)), return_exceptions=True)
+
+    refused = asyncio.run(before_and_after())
+    assert [error.status_code for error in refused] == [401] * 5
+    assert len(asked) == 1 + 5  # who isn't let in is asked for again

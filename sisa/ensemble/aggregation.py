@@ -263,9 +263,8 @@ def calibrated(posteriors_SBC: Scores, temperatures_S: Scores) -> Scores:
 
 
 def _mean(values_SBC: Scores) -> Scores:
-    total_BC = np.zeros_like(values_SBC[0])
-    for values_BC in values_SBC:  # one after another: the order of additions is a part of the answer's bits
-        total_BC += values_BC
+    # one after another, as only accumulate promises: the order of additions is a part of the answer's bits
+    total_BC = np.add.accumulate(values_SBC, axis=0)[-1] + 0.0
     mean_BC: Scores = total_BC / len(values_SBC)
     return mean_BC
 

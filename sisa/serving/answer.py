@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 from anyio.to_thread import run_sync
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,7 +31,6 @@ THREADS = 16
 LONGEST_ON_LOOP_S = 0.05
 IN_THREADS_S = 10.0
 """A model that takes longer is asked in threads for so long; then the event loop tries again."""
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Predictions:
@@ -132,7 +131,7 @@ class Predictions:
 
 def json_response(content: object, *, status: int = 200) -> Response:
     """Return plain data as JSON."""
-    return Response(ENCODER.encode(content), status, media_type="application/json")
+    return Response(to_json(content), status, media_type="application/json")
 
 
 def arrow_response(answered: Answered, classes: list[bool | int | str]) -> Response:

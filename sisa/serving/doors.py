@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -65,6 +66,8 @@ class Door:
         self._rate = rate
         self._entrances: dict[Scope, Entrance] = {}
         self._days: dict[str, int] = {}
+        self._turn: dict[bytes, tuple[Token, asyncio.Task[object] | None]] = {}
+        """Who was let in since the event loop last looked for something new, and which task asked."""
 
     def require(self, scope: Scope) -> Entrance:
         """Return the FastAPI dependency that lets in who may ``scope``: ``dependencies=[Depends(require("read"))]``."""
@@ -101,7 +104,7 @@ class Door:
         try:
             if self._always_waits:
                 raise BusyError("the ledger lies on a server")
-            token = self.identify(text, wait=False)
+            token = self._identified_at_once(text)
         except BusyError:
             token = await run_in_threadpool(self.identify, text)
         today = int(time.time() // DAY_S)
@@ -109,6 +112,21 @@ class Door:
             self._days[token.id] = today  # tried once a day, and nobody waits for it
             if not token.used_today:
                 asyncio.get_running_loop().run_in_executor(None, self._remember_use, token)
+        return token
+
+    def _identified_at_once(self, text: str) -> Token:
+        """Ask the ledger once for the requests of one turn of the event loop that carry the same token.
+
+        Their heads had come before it was asked, so a token that was revoked before they were sent opens nothing. A task
+        that asks a second time may have waited for a revocation in between: it is not told what it was told before.
+        """
+        digest, task = hashlib.sha256(text.encode()).digest(), asyncio.current_task()
+        token, asked_by = self._turn.get(digest, (None, None))
+        if token is None or task is asked_by:
+            token = self.identify(text, wait=False)
+            if not self._turn:
+                asyncio.get_running_loop().call_soon(self._turn.clear)
+            self._turn[digest] = (token, task)
         return token
 
     def _remember_use(self, token: Token) -> None:

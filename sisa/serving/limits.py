@@ -13,7 +13,6 @@ a thread ends there, whole. So what must follow an acceptance belongs into the t
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import threading
@@ -25,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sisa.errors import UserError
+from sisa.serving.deadlines import Deadlines
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_SECONDS = 60.0
@@ -140,6 +140,7 @@ class TimeLimit:
     def __init__(self, app: ASGIApp, *, max_seconds: float = MAX_SECONDS) -> None:
         self._app = app
         self._max_seconds = max_seconds
+        self._limits = Deadlines(max_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
@@ -160,12 +161,12 @@ class TimeLimit:
             started = True
             await send(message)
 
-        limit = asyncio.timeout(self._max_seconds)
+        limit = self._limits.one()
         try:
-            async with limit:
+            with limit:
                 await self._app(scope, watched if coming else receive, noted)
         except TimeoutError:
-            if started or not limit.expired():
+            if started or not limit.expired:
                 raise
             await refuse(send, self._too_late(coming=coming and waiting))
 

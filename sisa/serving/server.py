@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import socket
@@ -51,6 +52,7 @@ def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None =
     )
     server = uvicorn.Server(config)
     _end_quietly(server)
+    gc.freeze()  # what was imported stays: looking through it again and again would cost each request a little
     server.run(sockets=[listening])
     if not server.started:
         raise StoreError("the server didn't come up", hint="The lines above say where it failed.")
