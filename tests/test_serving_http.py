@@ -712,6 +712,29 @@ def test_ctrl_c_is_an_end_as_asked(binary_store: Path, tmp_path: Path) -> None:
         assert ending.process.wait(serving_kit.PATIENCE_S) == 0
 
 
+def test_deletions_are_listed_in_pages(client: httpx.Client) -> None:
+    whole = client.get("/deletions").json()
+    assert whole["next"] is None
+    ids = [each["request"] for each in whole["deletions"]]
+    assert len(ids) >= 2
+    seen, after = [], None
+    for _ in ids:
+        page = client.get("/deletions", params={"limit": "1"} | ({"after": after} if after else {})).json()
+        seen += [each["request"] for each in page["deletions"]]
+        after = page["next"]
+    assert (seen, after) == (ids, None)
+    assert client.get("/deletions", params={"after": ids[-1]}).json() == {"deletions": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    "asked", ["limit=0", "limit=1001", "limit=-1", "limit=ten", "limit=", "limit=%C2%B2", "after=del-0", "after="]
+)
+def test_a_page_that_cannot_be_is_refused(client: httpx.Client, asked: str) -> None:
+    answer = client.get(f"/deletions?{asked}")
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"].startswith(asked.partition("=")[0])
+
+
 def test_the_log_says_nothing_of_what_was_asked(server: Server, client: httpx.Client) -> None:
     """Runs last: after everything above, no id, no value and no token is in what the server wrote."""
     client.post("/predict", content=row(job="marker-job", age=4242.4242))

@@ -49,6 +49,10 @@ parameters = {{ version = "{version}" }}
 [[operations]]
 include-path = "/deletions/{{request_id}}"
 parameters = {{ request_id = "{request}" }}
+
+[[operations]]
+include-path = "/deletions"
+parameters = {{ after = "{request}" }}
 """
 HOOKS = """
 import itertools

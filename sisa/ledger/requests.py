@@ -305,6 +305,18 @@ class Requests:
         """Return all requests, oldest first."""
         return [self._request(row) for row in self._db.rows("SELECT * FROM requests ORDER BY number")]
 
+    def page(self, *, after: str | None, most: int) -> list[Request]:
+        """Return the ``most`` requests that follow one, oldest first; None is before the first.
+
+        Raises:
+            UserError: There is no such request.
+        """
+        row = self._db.row("SELECT number FROM requests WHERE id = ?", (after,)) if after is not None else (0,)
+        if row is None:
+            raise UserError("there is no such request", hint="`sisa status` lists them.")
+        rows = self._db.rows("SELECT * FROM requests WHERE number > ? ORDER BY number LIMIT ?", (row[0], most))
+        return [self._request(row) for row in rows]
+
     def newest(self, most: int) -> list[Request]:
         """Return the newest requests, oldest first."""
         rows = self._db.rows("SELECT * FROM requests ORDER BY number DESC LIMIT ?", (most,))

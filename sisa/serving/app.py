@@ -232,8 +232,8 @@ def _add_deletions(app: FastAPI, service: Service, door: doors.Door) -> None:
         return await service.deletions.submit(request)
 
     @app.get("/deletions", dependencies=[Depends(door.require("read"))])
-    async def deletions() -> Response:
-        return json_response({"deletions": await run_in_threadpool(service.deletions.all)})
+    async def deletions(request: Request) -> Response:
+        return json_response(await run_in_threadpool(service.deletions.page, request.query_params))
 
     @app.get("/deletions/{request_id}", dependencies=[Depends(door.require("read"))])
     async def deletion(request_id: str) -> Response:

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,6 +31,7 @@ from sisa.store.status import request_json
 
 FIELDS = {"subjects": "list", "records": "list", "reason": "text", "regime": "text", "ignore_missing": "true or false"}
 LONGEST_KEY = 255
+MOST_LISTED = 1_000
 
 
 class Deletions:
@@ -89,9 +91,25 @@ class Deletions:
             store.ledger.requests.unclaim(digests[0])
             raise
 
-    def all(self) -> list[dict[str, Any]]:
-        """Return every deletion, oldest first."""
-        return [described(deletion) for deletion in self._stores.get().ledger.requests.all()]
+    def page(self, query: QueryParams) -> dict[str, Any]:
+        """Return a page of deletions, oldest first, and after which the next one begins; None after the last.
+
+        Raises:
+            Refused: 422: ``limit`` or ``after`` is not what it may be.
+        """
+        text = query.get("limit", str(MOST_LISTED))
+        limit = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(MOST_LISTED)) else 0
+        if not 1 <= limit <= MOST_LISTED:
+            raise Refused(422, f"limit: expected a number from 1 to {MOST_LISTED:,}", hint="Leave it out for the most.")
+        try:
+            found = self._stores.get().ledger.requests.page(after=query.get("after"), most=limit + 1)
+        except UserError:
+            raise Refused(422, "after: the store has no such request", hint="Take it from `next`.") from None
+        shown = found[:limit]
+        return {
+            "deletions": [described(deletion) for deletion in shown],
+            "next": shown[-1].id if len(found) > limit else None,
+        }
 
     def one(self, identifier: str) -> dict[str, Any]:
         """Return one deletion, its timeline and what it left behind.
@@ -163,7 +181,8 @@ def _text(body: dict[str, Any], name: str) -> str:
 
 def unknown_ids(error: UnknownIdsError) -> str:
     """Say that ids are unknown without repeating them: an answer's text may be logged by who asked."""
-    return f"{len(error.missing)} ids are not in the store; nothing was changed"
+    count = len(error.missing)
+    return f"{count:,} id{' is' if count == 1 else 's are'} not in the store; nothing was changed"
 
 
 def _concerning(events: list[dict[str, Any]], deletion: Deletion) -> list[dict[str, Any]]:

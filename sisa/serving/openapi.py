@@ -16,6 +16,7 @@ from sisa.learners.columns import feature_specs
 from sisa.ledger import STATES
 from sisa.planning.clocks import REGIMES
 from sisa.recipe import ColumnSpec, Recipe
+from sisa.serving.deletions import MOST_LISTED
 from sisa.serving.inference import NUMBERS, OUTPUTS
 from sisa.serving.limits import MAX_BODY_BYTES
 
@@ -99,11 +100,20 @@ def _deletions() -> JSON:
     submit["parameters"] = [
         {"name": "Idempotency-Key", "in": "header", "required": False, "schema": {"type": "string", "maxLength": 255}}
     ]
+    listed = _operation("A page of deletions, oldest first", None, "Requests", "422 503")
+    listed["parameters"] = [
+        _in_query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": MOST_LISTED}),
+        _in_query("after", {**TEXT, "description": "A request's id: what the page before said as `next`."}),
+    ]
     one = _operation("One deletion, its timeline and its evidence", None, "RequestDetail", "404 503")
     return {
-        "/deletions": {"post": submit, "get": _operation("All deletions, oldest first", None, "Requests", "503")},
+        "/deletions": {"post": submit, "get": listed},
         "/deletions/{request_id}": {"get": one, "parameters": [_in_path("request_id")]},
     }
+
+
+def _in_query(name: str, schema: JSON) -> JSON:
+    return {"name": name, "in": "query", "required": False, "schema": schema}
 
 
 def _in_path(name: str) -> JSON:
@@ -230,7 +240,9 @@ def _deletion_schemas() -> JSON:
             "version_quarantine": MAYBE_INTEGER, "missing": _list(TEXT), "repeated": {"type": "boolean"},
         }),
         "Request": _object(request),
-        "Requests": _object({"deletions": _list({"$ref": "#/components/schemas/Request"})}),
+        "Requests": _object({
+            "deletions": _list({"$ref": "#/components/schemas/Request"}), "next": MAYBE_TEXT,
+        }),
         "RequestDetail": _object(detail),
     }  # fmt: skip
 
