@@ -510,3 +510,21 @@ def test_the_ledger_is_asked_once_a_turn_and_in_the_next_a_revoked_token_is_refu
     refused = asyncio.run(before_and_after())
     assert [error.status_code for error in refused] == [401] * 5
     assert len(asked) == 1 + 5  # who isn't let in is asked for again
+
+
+def test_a_turn_that_never_ended_lets_nobody_in_later(kit):
+    text = kit.token("read")
+    door = Door(kit.ledger)
+    request = Request({"type": "http", "headers": [(b"authorization", f"Bearer {text}".encode())]})
+
+    async def interrupted():
+        await door.enter(request, "read")
+        raise KeyboardInterrupt
+
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(interrupted())
+    loop.close()
+    kit.ledger().tokens.revoke(text)
+    with pytest.raises(Refused):
+        asyncio.run(door.enter(request, "read"))

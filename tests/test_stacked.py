@@ -514,3 +514,13 @@ def test_an_aggregation_that_is_refused(aggregation, message):
 
 def test_a_rule_without_parameters_may_be_written_either_way():
     assert asking({"name": "median"}) == asking("median")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 21, 22, 400])
+def test_a_mean_adds_one_constituent_after_another_whatever_the_number_of_rows(rows):
+    posteriors_CSB = np.random.default_rng(rows).dirichlet(np.ones(3), (20, rows)).transpose(2, 0, 1).copy()
+    posteriors_SBC = posteriors_CSB.transpose(1, 2, 0)  # as they come of a stack
+    total_BC = np.zeros((rows, 3))
+    for posteriors_BC in posteriors_SBC:
+        total_BC = total_BC + posteriors_BC
+    assert Mean().scores(posteriors_SBC).tobytes() == (total_BC / 20).tobytes()

@@ -1,6 +1,7 @@
 """A time limit for blocks that all may take equally long: what ``asyncio.timeout`` does, for less than a tenth of a request.
 
-The oldest block is the next one to be late, so that one timer is enough for all of them.
+The oldest block is the next one to be late, so that one timer is enough for all of them. They belong to one event loop at
+a time.
 """
 
 from __future__ import annotations

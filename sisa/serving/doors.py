@@ -41,6 +41,21 @@ async def anyone() -> None:
     """Be the door of a route that needs no token."""
 
 
+class _Turn:
+    """Who was let in since an event loop last looked for something new."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self.tokens: dict[bytes, Token] = {}
+        """By a digest of their text."""
+        self.told: set[asyncio.Task[object] | None] = set()
+
+    def end(self) -> None:
+        """Forget them."""
+        self.tokens.clear()
+        self.told.clear()
+
+
 class Door:
     """The doors of one application."""
 
@@ -66,8 +81,7 @@ class Door:
         self._rate = rate
         self._entrances: dict[Scope, Entrance] = {}
         self._days: dict[str, int] = {}
-        self._turn: dict[bytes, tuple[Token, asyncio.Task[object] | None]] = {}
-        """Who was let in since the event loop last looked for something new, and which task asked."""
+        self._turn = _Turn(None)
 
     def require(self, scope: Scope) -> Entrance:
         """Return the FastAPI dependency that lets in who may ``scope``: ``dependencies=[Depends(require("read"))]``."""
@@ -118,15 +132,19 @@ class Door:
         """Ask the ledger once for the requests of one turn of the event loop that carry the same token.
 
         Their heads had come before it was asked, so a token that was revoked before they were sent opens nothing. A task
-        that asks a second time may have waited for a revocation in between: it is not told what it was told before.
+        that comes again may have waited for a revocation in between: it is not told what it was told before.
         """
         digest, task = hashlib.sha256(text.encode()).digest(), asyncio.current_task()
-        token, asked_by = self._turn.get(digest, (None, None))
-        if token is None or task is asked_by:
-            token = self.identify(text, wait=False)
-            if not self._turn:
-                asyncio.get_running_loop().call_soon(self._turn.clear)
-            self._turn[digest] = (token, task)
+        loop = asyncio.get_running_loop()
+        if self._turn.loop is not loop:  # that loop may have ended in the midst of its turn
+            self._turn = _Turn(loop)
+        token = self._turn.tokens.get(digest)
+        if token is None or task in self._turn.told:
+            if not self._turn.tokens:
+                loop.call_soon(self._turn.end)
+            self._turn.tokens.pop(digest, None)
+            token = self._turn.tokens[digest] = self.identify(text, wait=False)
+        self._turn.told.add(task)
         return token
 
     def _remember_use(self, token: Token) -> None:

@@ -52,6 +52,7 @@ def run(serving: Serving, *, host: str, port: int, tls: tuple[str, str] | None =
     )
     server = uvicorn.Server(config)
     _end_quietly(server)
+    gc.collect()
     gc.freeze()  # what was imported stays: looking through it again and again would cost each request a little
     server.run(sockets=[listening])
     if not server.started:
