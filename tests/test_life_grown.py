@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as papq
 import pytest
 from life_kit import PEOPLE, InBucket, InFolder, Killed, Medium, state
+from postgres_kit import Server
 from s3_kit import S3Server
 from tables import without
 
 import sisa
 from sisa.coordination.files import FolderLock
 from sisa.deletion.accept import accept
-from sisa.errors import DamagedError, LostLockError, UserError
+from sisa.deletion.incoming import sweep_held
+from sisa.errors import DamagedError, LostLockError, StoreError, UserError
 from sisa.ledger import Target
 from sisa.ledger.generations import Generations
 from sisa.ledger.partitions import Partitions
@@ -50,6 +52,19 @@ def said(table: pa.Table, records: Sequence[str]) -> list[str]:
     """What some rows say, as it would be read in them."""
     pairs = zip(table["record"].to_pylist(), table["x"].to_pylist(), strict=True)
     return [repr(value) for record, value in pairs if record in records]
+
+
+def sweep_once() -> Callable[..., None]:
+    """Sweeps when a command begins; when it would clean up, it is dead."""
+    calls: list[object] = []
+
+    def sweep(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise Killed
+        sweep_held(*arguments)
+
+    return sweep
 
 
 class Grown(Medium):
@@ -206,6 +221,34 @@ class Grown(Medium):
             self.check_whole()
         assert kills
 
+    @pytest.mark.parametrize("verb", ["add", "correct"])
+    def test_who_is_deleted_after_a_command_was_killed_before_its_commit_is_nowhere(self, verb: str) -> None:
+        """All of its rows lie there by then, and nobody expects them."""
+        store = self.train() if verb == "add" else self.grown()
+        person = self.leaver()
+        self.chosen = self.records_of(person)
+
+        def killed(*_: object, **__: object) -> None:
+            raise Killed
+
+        with (
+            mock.patch.object(Generations, "publish", killed),
+            mock.patch.object(Requests, "accept_correction", killed),
+            mock.patch("sisa.store.grow.sweep_held", sweep_once()),
+            mock.patch("sisa.store.correct.sweep_held", killed),
+            pytest.raises(Killed),
+        ):
+            (self.add if verb == "add" else self.correct)()
+        left = [key for key in self.raw() if "/slice=03/" in key or key.startswith("corrections/")]
+        assert left if verb == "correct" else len(left) == 2, "the test must be able to fail"
+        assert store.delete(subjects=[person], defer=True).state == "stages_purged"
+        assert not self.holding(person, *self.records_of(person), *said(corrected(BOTH, self.chosen), self.chosen))
+        store.repair(executor="inline")
+        if verb == "add":
+            self.add()
+        assert state(self.opened()) == self.fresh([], person)
+        self.check_whole()
+
     # --- races ------------------------------------------------------------------------------------------
 
     def test_who_is_deleted_while_rows_are_written_is_dropped_before_they_are_published(self) -> None:
@@ -232,7 +275,11 @@ class Grown(Medium):
 
     def test_a_deletion_waits_for_rows_that_are_being_written(self) -> None:
         """It is acknowledged at once; that rows are erased it says when no unexpected one of theirs is left."""
-        store, write = self.train(), grow.write_generation
+        self.check_waiting(self.train(), lambda: None)
+
+    def check_waiting(self, store: Store, move: Callable[[], None]) -> None:
+        """Delete from another thread, on another host after ``move``, while an addition writes."""
+        write = grow.write_generation
         person, waits, deleting = self.leaver(), threading.Event(), []
 
         class Hearing(Silent):
@@ -245,6 +292,7 @@ class Grown(Medium):
 
         def overtaken(*arguments: Any, **options: Any) -> Any:
             written = write(*arguments, **options)
+            move()
             deleting.append(threading.Thread(target=delete))
             deleting[0].start()
             assert waits.wait(60)
@@ -353,14 +401,53 @@ class Grown(Medium):
         self.check_whole()
 
 
+class GrownInBucket(Grown, InBucket):
+    """With a ledger on a server, where hosts share nothing and locks can be lost indeed."""
+
+    def test_a_deletion_on_another_host_waits_for_rows_that_are_being_written(
+        self, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All that it can know of them is in the bucket."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "one"))
+        store = sisa.train(self.recipe(ledger=postgres_url), executor="inline")
+        self.check_waiting(store, lambda: monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "two")))
+
+    def test_hosts_that_lose_their_sessions_publish_nothing_and_others_go_on(
+        self, postgres: Server, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = self.recipe(ledger=postgres_url)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "one"))
+        store = sisa.train(asked, executor="inline")
+        person, real = self.leaver(), grow.write_generation
+
+        def cut_off(*arguments: Any, **options: Any) -> Any:
+            written = real(*arguments, **options)
+            postgres.end_sessions()
+            return written
+
+        with mock.patch.object(grow, "write_generation", cut_off), pytest.raises(StoreError):
+            store.add(self.source("added", ADDED), executor="inline")
+        assert self.holding(*self.records_of(person))
+        assert [path for path in (self.folder / "one").rglob("*") if path.is_file()] == []
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.folder / "two"))
+        other = sisa.open_store(asked["store"])
+        assert any("incoming/" in problem for problem in other.verify(executor="inline").problems)
+        other.delete(subjects=[person], defer=True)
+        assert not self.holding(person, *self.records_of(person))
+        other.repair(executor="inline")
+        other.add(self.source("added", ADDED), executor="inline")
+        assert state(other) == self.fresh([], person)
+        assert other.verify(replay="all", executor="inline").problems == []
+
+
 class TestLocal(Grown, InFolder):
     pass
 
 
 @pytest.mark.slow
-class TestBucket(Grown, InBucket):
+class TestBucket(GrownInBucket):
     versioned = False
 
 
-class TestVersionedBucket(Grown, InBucket):
+class TestVersionedBucket(GrownInBucket):
     versioned = True
