@@ -225,14 +225,13 @@ class Spool:
         code_N = code_N[order]
         starts = np.flatnonzero(np.diff(code_N, prepend=-1))
         # Without a name: when this process ends, however it ends, nobody's rows are left.
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by close
-        self._open.push(file)
-        with paipc.new_file(file, table.schema) as writer:
-            for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code_N)], strict=True)):
-                self._places[int(code_N[start])].append((len(self._runs), index))
-                writer.write_batch(table.slice(start, end - start).to_batches()[0])
-        file.flush()
-        stream = self._open.enter_context(pa.OSFile(f"/proc/self/fd/{file.fileno()}"))
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            with paipc.new_file(file, table.schema) as writer:
+                for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code_N)], strict=True)):
+                    self._places[int(code_N[start])].append((len(self._runs), index))
+                    writer.write_batch(table.slice(start, end - start).to_batches()[0])
+            file.flush()
+            stream = self._open.enter_context(pa.OSFile(f"/proc/self/fd/{file.fileno()}"))
         self._runs.append(self._open.enter_context(paipc.open_file(stream)))
 
     def holds(self, shard: int, slice_: int) -> bool:
