@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from fault_kit import Counted, FolderFault, RequestFault, filled, small_disk
-from fault_worlds import BucketWorld, FolderWorld, World, person_in_the_middle, records_of
+from fault_worlds import PEOPLE, BucketWorld, FolderWorld, World, person_in_the_middle, records_of
 from s3_kit import S3Server
 
 REFUSED = (2, 3)
@@ -26,15 +27,30 @@ class Scene:
 
     world: World
     person: str
-    trained: dict[str, Any]
-    deleted: dict[str, Any]
+    ends: dict[str, dict[str, Any]]
+    """How the store is after each command, when nothing goes wrong."""
     fault: Fault
 
     def begin(self, verb: str) -> None:
         self.world.begin_anew() if verb == "train" else self.world.restore()
 
     def run(self, verb: str) -> tuple[int, dict[str, Any]]:
-        return self.world.train() if verb == "train" else self.world.delete(self.person)
+        if verb in {"train", "add"}:
+            return self.world.train() if verb == "train" else self.world.add()
+        return self.world.delete(self.person) if verb == "delete" else self.world.correct(records_of(self.person))
+
+    @property
+    def superseded(self) -> list[str]:
+        """What the corrected rows said."""
+        theirs = PEOPLE.filter(pa.array([p == self.person for p in PEOPLE["person"].to_pylist()]))
+        return [repr(value) for value in theirs["x"].to_pylist()]
+
+    def check_erased(self, verb: str) -> None:
+        """Nothing of what a command takes out of the store is in any of its bytes."""
+        if verb == "delete":
+            assert self.world.holding(self.person, *records_of(self.person)) == []
+        if verb == "correct":
+            assert self.world.holding(*self.superseded) == []
 
     def calls(self, verb: str, kind: str) -> int:
         """How many calls such a fault can strike in a run of the command."""
@@ -64,24 +80,20 @@ class Scene:
             assert answer["error"]["hint"]
             return
         assert code == 0
-        if verb == "train":
-            assert differences(self.world.state(), self.trained) == []
-        elif answer["state"] == "repaired":
-            assert differences(self.world.state(), self.deleted) == []
+        if verb in {"train", "add"} or answer["state"] == "repaired":
+            assert differences(self.world.state(), self.ends[verb]) == []
         else:
             assert answer["state"] in {"stages_purged", "repairing"}
-        if verb == "delete":
-            assert self.world.holding(self.person, *records_of(self.person)) == []
+        self.check_erased(verb)
 
     def check_resumed(self, verb: str) -> None:
         """The same command again, and what a repair still finds to do."""
         code, answer = self.run(verb)
         assert code == 0, answer
         assert self.world.repair()[0] == 0
-        assert differences(self.world.state(), self.trained if verb == "train" else self.deleted) == []
+        assert differences(self.world.state(), self.ends[verb]) == []
         assert self.world.problems() == []
-        if verb == "delete":
-            assert self.world.holding(self.person, *records_of(self.person)) == []
+        self.check_erased(verb)
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -105,10 +117,13 @@ def scene_of(world: World, fault: Fault) -> Scene:
     person = person_in_the_middle(store)
     store.close()
     world.keep()
-    trained = world.state()
-    code, answer = world.delete(person)
-    assert (code, answer["state"]) == (0, "repaired")
-    return Scene(world, person, trained, world.state(), fault)
+    scene = Scene(world, person, {"train": world.state()}, fault)
+    for verb in ("delete", "add", "correct"):
+        scene.begin(verb)
+        code, answer = scene.run(verb)
+        assert (code, answer.get("state", "repaired")) == (0, "repaired")
+        scene.ends[verb] = world.state()
+    return scene
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +175,10 @@ def strike_all(scene: Scene, verb: str, kind: str) -> None:
         ("train", "torn", "/state/c.0"),
         ("train", "full", "mkdir /checkpoints"),
         ("train", "stale", "/checkpoints"),
+        ("add", "after", "replace /records"),
+        ("add", "torn", "fsync /records"),
+        ("correct", "before", "replace /corrections"),
+        ("correct", "after", "replace /records"),
     ],
 )
 def test_a_fault_of_a_disk_is_refused_or_harmless(folder_scene: Scene, verb: str, kind: str, where: str) -> None:
@@ -168,7 +187,7 @@ def test_a_fault_of_a_disk_is_refused_or_harmless(folder_scene: Scene, verb: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FOLDER)
-@pytest.mark.parametrize("verb", ["train", "delete"])
+@pytest.mark.parametrize("verb", ["train", "delete", "add", "correct"])
 def test_a_fault_at_any_call_of_a_disk_is_refused_or_harmless(folder_scene: Scene, verb: str, kind: str) -> None:
     strike_all(folder_scene, verb, kind)
 
@@ -188,6 +207,14 @@ def test_a_fault_at_any_call_of_a_disk_is_refused_or_harmless(folder_scene: Scen
         ("train", "lost", "/state/c.0"),
         ("train", "parts", "partNumber=2"),
         ("train", "stale", "zarr.json"),
+        ("add", "after", "PUT"),  # the mark is there, and we don't know it
+        ("add", "lost", "/slice=03/"),
+        ("add", "dead", "/slice=03/"),  # what it wrote stays, and its mark
+        ("add", "stale", "slice%3D03"),
+        ("correct", "after", "/corrections/"),
+        ("correct", "dead", "/corrections/"),
+        ("correct", "parts", "partNumber=2"),
+        ("correct", "stale", "corrections%2F"),
     ],
 )
 def test_a_fault_of_a_bucket_is_refused_or_harmless(bucket_scene: Scene, verb: str, kind: str, where: str) -> None:
@@ -196,7 +223,7 @@ def test_a_fault_of_a_bucket_is_refused_or_harmless(bucket_scene: Scene, verb: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BUCKET)
-@pytest.mark.parametrize("verb", ["train", "delete"])
+@pytest.mark.parametrize("verb", ["train", "delete", "add", "correct"])
 def test_a_fault_at_any_request_to_a_bucket_is_refused_or_harmless(bucket_scene: Scene, verb: str, kind: str) -> None:
     strike_all(bucket_scene, verb, kind)
 
