@@ -8,7 +8,7 @@ perhaps ``tmp-records``, which the next attempt removes. To object storage the f
 killed meanwhile it leaves some of them, which the next attempt removes.
 
 One file is open for writing at a time, whatever the number of partitions. Memory holds the budget about
-three times, one partition's piece of a run, and 32 bytes a record of the partition being written.
+three times and one partition's piece of a run; it doesn't grow with the records.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 
 from sisa.files import make_folder, publish_folder, remove, sweep_temporary
 from sisa.layout import HOLDOUT_SLICE, RECORDS_KEY, Layout
-from sisa.lineage import membership
+from sisa.lineage import canonical_order, membership_in_order
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Arrivals, Intake, Progress, arrivals
-from sisa.records.digest import DIGEST_BYTES, Digests, content_digests, id_digests
+from sisa.records.digest import DIGEST_BYTES, content_digests, id_digests
 from sisa.records.names import RECORD
 from sisa.records.partition import partition_file, with_contents, write_rows
+from sisa.records.spill import Spill
 from sisa.routing.keys import ShardKeys, shard_keys
 
 BUDGET_BYTES = 192 * 2**20
@@ -141,20 +142,19 @@ def gather(
     told: Told,
 ) -> PartitionCount:
     """Put one partition together from its pieces; without rows nothing is written."""
-    ids = [np.empty((0, DIGEST_BYTES), np.uint8)]
-    contents = [np.empty((0, DIGEST_BYTES), np.uint8)]
+    with contextlib.closing(Spill(width=2 * DIGEST_BYTES, folder=spool.folder)) as pairs:
 
-    def pieces() -> Iterator[pa.Table]:
-        for piece in spool.pieces(keys.shard, slice_):
-            ids.append(id_digests(keys, piece.column(RECORD)))
-            contents.append(content_digests(keys, piece, recipe))
-            yield with_contents(pa.table(piece), contents[-1])
-            told.written(piece.num_rows)
+        def pieces() -> Iterator[pa.Table]:
+            for piece in spool.pieces(keys.shard, slice_):
+                contents_N16 = content_digests(keys, piece, recipe)
+                pairs.add(np.concatenate([id_digests(keys, piece.column(RECORD)), contents_N16], axis=1))
+                yield with_contents(pa.table(piece), contents_N16)
+                told.written(piece.num_rows)
 
-    if spool.holds(keys.shard, slice_):
-        write_to(pieces())
-    ids_N16: Digests = np.concatenate(ids)
-    return PartitionCount(keys.shard, slice_, len(ids_N16), membership(ids_N16, np.concatenate(contents)))
+        if spool.holds(keys.shard, slice_):
+            write_to(pieces())
+        ordered = (bucket[canonical_order(bucket[:, :DIGEST_BYTES])] for bucket in pairs.buckets())
+        return PartitionCount(keys.shard, slice_, pairs.count, membership_in_order(pairs.count, ordered))
 
 
 class Told:
@@ -190,7 +190,8 @@ class Spool:
     """Rows on their way, sorted by partition in runs on disk."""
 
     def __init__(self, folder: Path, *, slices: int, budget_bytes: int) -> None:
-        self._folder = folder
+        self.folder = folder
+        """Where runs lie."""
         self._slices = slices
         self._budget_bytes = budget_bytes
         self._waiting: list[Arrivals] = []
@@ -223,7 +224,7 @@ class Spool:
         table = table.take(pa.array(order)).combine_chunks()
         code_N = code_N[order]
         starts = np.flatnonzero(np.diff(code_N, prepend=-1))
-        path = self._folder / f"run-{len(self._runs):05d}.arrow"
+        path = self.folder / f"run-{len(self._runs):05d}.arrow"
         with paipc.new_file(path, table.schema) as writer:
             for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code_N)], strict=True)):
                 self._places[int(code_N[start])].append((len(self._runs), index))

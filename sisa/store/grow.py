@@ -109,7 +109,11 @@ def _examined(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> tuple[Sc
     reporter.begin("checking the source", total)
     try:
         found = ingest.scan(
-            recipe, routing_key=opened.keys.routing, excluded=excluder(opened), on_progress=reporter.advance
+            recipe,
+            routing_key=opened.keys.routing,
+            excluded=excluder(opened),
+            scratch=opened.layout.root,
+            on_progress=reporter.advance,
         )
     finally:
         reporter.end()

@@ -111,10 +111,10 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         if not upgrade:
             require_same(opened, footing_here(opened.recipe))
         if not opened.ledger.ingested:  # an ingest that was killed: the source may be another by now
-            _scan(asked, resolved, key, reporter)
+            _scan(asked, resolved, key, reporter, layout)
     else:
         check_model(resolved)
-        _scan(asked, resolved, key, reporter)
+        _scan(asked, resolved, key, reporter, layout)
         opened = create_store(layout, resolved, key)
         _same_recipe(opened, resolved)
     with opened.operation_lock().held(timeout_s=0) as operation:
@@ -169,13 +169,14 @@ def superseder(opened: OpenStore) -> Superseded:
     return superseded
 
 
-def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
+def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter, layout: Layout) -> None:
     reporter.begin("checking the source", ingest.rows(resolved))
     try:
         found = ingest.scan(
             resolved,
             routing_key=key,
             undeclared_text=undeclared_text(asked, resolved),
+            scratch=next(folder for folder in (layout.root, *layout.root.absolute().parents) if folder.is_dir()),
             on_progress=reporter.advance,
         )
     finally:
