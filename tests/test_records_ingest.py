@@ -22,8 +22,9 @@ from sisa.layout import Layout
 from sisa.records import ingest
 from sisa.records import write as writing
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import partition_file, present_ids, stray_files
+from sisa.records.partition import partition_file, present_ids
 from sisa.records.schema import undeclared_text
+from sisa.records.strays import stray_files
 from sisa.routing import Router
 
 
@@ -90,9 +91,9 @@ def test_a_deleted_persons_bad_row_is_not_even_looked_at(tmp_path: Path) -> None
 def test_memory_budget_changes_nothing(tmp_path: Path, budget_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sisa.records.formats.LEAST_ROWS", 7)
     monkeypatch.setattr("sisa.records.formats.BATCH_BYTES", 1)
-    monkeypatch.setattr(writing, "PIECE_ROWS", 5)
+    monkeypatch.setattr("sisa.records.spool.FINE", 5)
     recipe = resolved(saved(tmp_path, people()))
-    monkeypatch.setattr(writing, "BUDGET_BYTES", budget_bytes)
+    monkeypatch.setitem(writing.write.__kwdefaults__, "budget_bytes", budget_bytes)
     layout, counts = stored(tmp_path / "store", recipe)
     monkeypatch.undo()
     assert memberships(counts) == memberships(stored(tmp_path / "other", recipe)[1])

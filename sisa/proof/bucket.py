@@ -13,7 +13,7 @@ from sisa.checkpoints.objects import ObjectCheckpoints
 from sisa.files import TEMPORARY
 from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY
 from sisa.opening import OpenStore
-from sisa.records.partition import stray_keys
+from sisa.records.strays import stray_keys
 from sisa.remote import is_beside, open_to_all, recipe_text
 
 LEFT = "left by a command that was killed; `sisa repair` removes it"
@@ -60,10 +60,17 @@ def _strays(store: OpenStore) -> Iterator[tuple[str, str]]:
             yield key, LEFT
         elif key != RECIPE_KEY and not key.startswith(FOLDERS):
             yield key, NOBODYS
-    for key in stray_keys(store.layout, store.shards, store.slices, generations=store.generations):
+    for key in stray_keys(
+        store.layout, store.shards, store.slices, generations=store.generations, several=several_files(store)
+    ):
         yield key, "unknown file among the records"
     for key in _checkpoints(store).strays():
         yield key, NOBODYS
+
+
+def several_files(store: OpenStore) -> dict[tuple[int, int], int]:
+    """Return how many files each (shard, slice) has that has several."""
+    return {(p.shard, p.slice): len(p.files) for p in store.ledger.partitions.all() if p.files}
 
 
 def _checkpoints(store: OpenStore) -> ObjectCheckpoints:

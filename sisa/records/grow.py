@@ -18,10 +18,12 @@ from sisa.layout import HOLDOUT_SLICE, Layout, held_out_of
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Excluded, Intake, Progress, arrivals
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import partition_file, read_partition, rewrite_partition, write_rows
+from sisa.records.partition import read_partition, rewrite_partition
+from sisa.records.rowfile import write_rows
 from sisa.records.schema import check_fits
 from sisa.records.source import open_source
-from sisa.records.write import BUDGET_BYTES, PartitionCount, Spool, Told, gather
+from sisa.records.spool import Spool
+from sisa.records.write import BUDGET_BYTES, PartitionCount, Told, counted, gather
 from sisa.routing.keys import shard_keys
 from sisa.routing.router import Router
 
@@ -93,7 +95,9 @@ def write_generation(
     intake = Intake(recipe, open_source(recipe.data.source, name="--source"), router, None, excluded)
     told = Told(on_progress)
     make_folder(layout.incoming)
-    with contextlib.closing(Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes)) as spool:
+    with contextlib.closing(
+        Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes, routing_key=routing_key)
+    ) as spool:
         for arrived in arrivals(intake):
             spool.add(replace(arrived, slice_N=(arrived.slice_N != HOLDOUT_SLICE).astype(arrived.slice_N.dtype)))
             told.read(arrived.read)
@@ -109,12 +113,12 @@ def write_generation(
     return counts
 
 
-def _writer(layout: Layout, shard: int, slice_: int) -> Callable[[Iterator[pa.Table]], None]:
-    path = partition_file(layout, shard, slice_)
+def _writer(layout: Layout, shard: int, slice_: int) -> Callable[[str, Iterator[pa.Table]], None]:
+    folder = layout.partition(shard, slice_)
 
-    def write_to(pieces: Iterator[pa.Table]) -> None:
-        make_folder(path.parent)
-        with replacing(path) as scratch:
+    def write_to(name: str, pieces: Iterator[pa.Table]) -> None:
+        make_folder(folder)
+        with replacing(folder / name) as scratch:
             write_rows(scratch, pieces)
 
     return write_to
@@ -136,7 +140,7 @@ def drop_excluded(
         if not keep_N.all():
             rewrite_partition(layout, count.shard, count.slice, keep_N, rows)
             rows = read_partition(layout, recipe, keys, count.shard, count.slice)
-        left.append(PartitionCount(count.shard, count.slice, len(rows.table), rows.membership))
+        left.append(counted(count.shard, count.slice, rows))
     return left
 
 
