@@ -7,13 +7,15 @@ place in one durable rename at the end. Killed at any instant this leaves the ol
 perhaps ``tmp-records``, which the next attempt removes. To object storage the files are uploaded at the end instead:
 killed meanwhile it leaves some of them, which the next attempt removes.
 
-One file is open for writing at a time, whatever the number of partitions. Memory holds the budget about
-three times and one file's rows; it doesn't grow with the records.
+Partitions are put together by as many threads as there are processors, four at most; each has one file open. Memory holds
+the budget about three times and each writer's rows of one file; it doesn't grow with the records.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ from sisa.routing.keys import ShardKeys, shard_keys
 
 BUDGET_BYTES = 192 * 2**20
 """Rows collected before they are sorted and spooled."""
+WRITERS = 4
+"""Partitions that are put together at a time, at most."""
 UPLOADS = 8
 """Files on their way to object storage at a time."""
 
@@ -90,16 +94,35 @@ def write(
                 spool.add(arrived)
                 told.read(arrived.read)
             spool.flush()
-            counts = [
-                _write_partition(spool, scratch, intake.recipe, keys, slice_=slice_, told=told)
-                for keys in (shard_keys(routing_key, shard) for shard in range(intake.router.shards))
-                for slice_ in range(HOLDOUT_SLICE, intake.router.slices + 1)
-            ]
+            counts = _write_partitions(spool, scratch, intake, routing_key, told)
         _publish(scratch, layout)
         told.end()
     finally:
         remove(scratch.root)
     return counts
+
+
+def _write_partitions(
+    spool: Spool, scratch: Layout, intake: Intake, routing_key: bytes, told: Told
+) -> list[PartitionCount]:
+    """Write every partition; one that fails, or an interruption, ends the others at their next rows."""
+    places = [
+        (keys, slice_)
+        for keys in (shard_keys(routing_key, shard) for shard in range(intake.router.shards))
+        for slice_ in range(HOLDOUT_SLICE, intake.router.slices + 1)
+    ]
+
+    def write_one(place: tuple[ShardKeys, int]) -> PartitionCount:
+        return _write_partition(spool, scratch, intake.recipe, place[0], slice_=place[1], told=told)
+
+    with ThreadPoolExecutor(min(WRITERS, len(os.sched_getaffinity(0)))) as pool:
+        futures = [pool.submit(write_one, place) for place in places]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            told.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _publish(scratch: Layout, layout: Layout) -> None:
@@ -233,10 +256,16 @@ def _or_none(tables: Iterator[pa.Table], recipe: Recipe) -> Iterator[pa.Table]:
         yield with_contents(no_rows(recipe), np.empty((0, DIGEST_BYTES), np.uint8))
 
 
+class StoppedError(Exception):
+    """Another writer failed, or somebody interrupted: this one's rows are not wanted any more."""
+
+
 class Told:
-    """Adds up progress: half a record for reading it, half for writing it."""
+    """Adds up progress, from any thread: half a record for reading it, half for writing it."""
 
     def __init__(self, on_progress: Progress | None) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
         self._on_progress = on_progress
         self._rows = 0
         self._halves = 0
@@ -248,9 +277,20 @@ class Told:
         self.written(count)
 
     def written(self, count: int) -> None:
-        """Say that ``count`` more rows were written."""
-        self._halves += count
-        self._say(self._halves // 2)
+        """Say that ``count`` more rows were written.
+
+        Raises:
+            StoppedError: No more are wanted.
+        """
+        if self._stopped:
+            raise StoppedError
+        with self._lock:
+            self._halves += count
+            self._say(self._halves // 2)
+
+    def stop(self) -> None:
+        """End who tells of rows the next time."""
+        self._stopped = True
 
     def end(self) -> None:
         """Say that rows which were left out are done too."""
