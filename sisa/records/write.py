@@ -115,7 +115,8 @@ def _write_partitions(
     def write_one(place: tuple[ShardKeys, int]) -> PartitionCount:
         return _write_partition(spool, scratch, intake.recipe, place[0], slice_=place[1], told=told)
 
-    with ThreadPoolExecutor(min(WRITERS, len(os.sched_getaffinity(0)))) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    with ThreadPoolExecutor(min(WRITERS, cores)) as pool:
         futures = [pool.submit(write_one, place) for place in places]
         try:
             return [future.result() for future in futures]
