@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as papq
 import pytest
+from postgres_kit import Server
 from records_tools import KEY, everything, people, resolved, saved, stored
 from s3_kit import S3Server
 from s3_kit import everything as all_objects
@@ -397,3 +398,26 @@ def test_in_a_bucket_the_same(folder: Path) -> None:
         assert store.verify(replay="all", executor="inline").problems == []
         store.opened.layout.storage.remove(changed[0].removeprefix("one/"))
         assert [line for line in store.verify().problems if "is missing" in line]
+
+
+# --- with a ledger on a server --------------------------------------------------------------------------
+
+
+def tables_of(server: Server) -> bytes:
+    """Every byte of its tables, read past it."""
+    server.ask("CHECKPOINT")
+    return b"".join(path.read_bytes() for path in server.folder.rglob("base/*/*") if path.is_file())
+
+
+def test_with_a_ledger_on_a_server_the_same(folder: Path, postgres: Server, postgres_url: str) -> None:
+    """And of what files held before an erasure its tables keep nothing, as of what the slice held."""
+    store = kit.trained({**recipe(folder), "ledger": postgres_url}, folder / secrets.token_hex(8))
+    place, leavers = pair_of_one_slice(store)
+    before = store.opened.ledger.partitions.get(*place)
+    digests = [before.files[file_of(store, place, person)].membership for person in leavers]
+    assert all(digest.encode() in tables_of(postgres) for digest in digests)
+    store.delete(subjects=leavers, executor="inline")
+    assert bits(store) == fresh(folder, *leavers)
+    assert store.verify(replay="all", executor="inline").problems == []
+    kept = tables_of(postgres)
+    assert not [digest for digest in digests if digest.encode() in kept]
