@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 SOURCES := sisa tests benchmarks scripts docs
-BENCHMARKS ?= routing checkpoints object_storage training ingest deletion orchestration scheduling serving serving_http streaming tables
+BENCHMARKS ?= routing checkpoints object_storage training ingest large deletion orchestration scheduling serving serving_http streaming tables
 
 .PHONY: help setup demo test test-all check lint types contracts text examples docs fix bench clean
 

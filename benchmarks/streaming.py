@@ -31,7 +31,8 @@ from sisa.layout import Layout
 from sisa.lineage import membership
 from sisa.records.digest import content_digests, id_digests
 from sisa.records.names import LABEL, RECORD, SUBJECT
-from sisa.records.partition import partition_file, with_contents, write_rows
+from sisa.records.partition import partition_file
+from sisa.records.rowfile import with_contents, write_rows
 from sisa.state import StageState, full_digest
 from sisa.training.rows import ShardRows
 from sisa.training.stage import train_stage

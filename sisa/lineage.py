@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +61,35 @@ def membership(id_digests_N16: NDArray[np.uint8], content_digests_N16: NDArray[n
     if len(id_digests_N16) != len(content_digests_N16):
         raise ValueError(f"{len(id_digests_N16)} id digests, but {len(content_digests_N16)} content digests")
     order = canonical_order(id_digests_N16)
-    digest = hashlib.sha256(len(order).to_bytes(8, "little"))
-    for start in range(0, len(order), _ROWS):
-        part = order[start : start + _ROWS]
-        digest.update(np.concatenate([id_digests_N16[part], content_digests_N16[part]], axis=1).tobytes())
+    starts = range(0, len(order), _ROWS)
+    parts = (order[start : start + _ROWS] for start in starts)
+    return membership_in_order(
+        len(order), (np.concatenate([id_digests_N16[part], content_digests_N16[part]], axis=1) for part in parts)
+    )
+
+
+def membership_in_order(count: int, pairs: Iterable[NDArray[np.uint8]]) -> str:
+    """Digest the same as :func:`membership`, of records that come in canonical order, some at a time.
+
+    Args:
+        count: How many records will come.
+        pairs: (N, 32) uint8 each: id digest and content digest of the next records.
+
+    Raises:
+        ValueError: Others came, or in another order.
+    """
+    digest = hashlib.sha256(count.to_bytes(8, "little"))
+    last = b""
+    for pairs_N32 in pairs:
+        if not len(pairs_N32):
+            continue
+        if pairs_N32[0, :DIGEST_BYTES].tobytes() < last:
+            raise ValueError("records came out of order")
+        last = pairs_N32[-1, :DIGEST_BYTES].tobytes()
+        count -= len(pairs_N32)
+        digest.update(pairs_N32.tobytes())
+    if count:
+        raise ValueError(f"{abs(count)} records too {'few' if count > 0 else 'many'} came")
     return digest.hexdigest()
 
 

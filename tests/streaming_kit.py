@@ -21,7 +21,8 @@ from sisa.layout import Layout
 from sisa.lineage import membership
 from sisa.recipe import ColumnSpec, Recipe, parse_recipe
 from sisa.records.digest import content_digests, id_digests
-from sisa.records.partition import partition_file, with_contents, write_rows
+from sisa.records.partition import partition_file
+from sisa.records.rowfile import with_contents, write_rows
 from sisa.routing.keys import shard_keys
 from sisa.state import StageState, full_digest
 

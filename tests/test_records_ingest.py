@@ -22,8 +22,9 @@ from sisa.layout import Layout
 from sisa.records import ingest
 from sisa.records import write as writing
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import partition_file, present_ids, stray_files
+from sisa.records.partition import partition_file, present_ids
 from sisa.records.schema import undeclared_text
+from sisa.records.strays import stray_files
 from sisa.routing import Router
 
 
@@ -90,9 +91,9 @@ def test_a_deleted_persons_bad_row_is_not_even_looked_at(tmp_path: Path) -> None
 def test_memory_budget_changes_nothing(tmp_path: Path, budget_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sisa.records.formats.LEAST_ROWS", 7)
     monkeypatch.setattr("sisa.records.formats.BATCH_BYTES", 1)
-    monkeypatch.setattr(writing, "PIECE_ROWS", 5)
+    monkeypatch.setattr("sisa.records.spool.FINE", 5)
     recipe = resolved(saved(tmp_path, people()))
-    monkeypatch.setattr(writing, "BUDGET_BYTES", budget_bytes)
+    monkeypatch.setitem(writing.write.__kwdefaults__, "budget_bytes", budget_bytes)
     layout, counts = stored(tmp_path / "store", recipe)
     monkeypatch.undo()
     assert memberships(counts) == memberships(stored(tmp_path / "other", recipe)[1])
@@ -157,6 +158,39 @@ def test_killed_in_an_ingest_the_old_records_stay_and_the_next_one_is_whole(tmp_
     _, counts = stored(layout.root, recipe)
     assert {where: rows.membership for where, rows in everything(layout, recipe).items()} == memberships(counts)
     assert [path.name for path in layout.root.iterdir()] == ["records"]
+
+
+def test_interrupted_while_several_write_nothing_is_left(tmp_path: Path) -> None:
+    """Ctrl-C reaches the main thread alone: the others have to be told, or they would write into a folder that is removed."""
+    recipe = resolved(saved(tmp_path, people()))
+    code = (
+        "import os, signal, sys, threading; from pathlib import Path; from sisa.layout import Layout\n"
+        "from sisa.records import ingest, write; from sisa.recipe import load_recipe\n"
+        "original, calls = write._write_partition, []\n"
+        "def interrupted(*a, **k):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(*a, **k)\n"
+        "write._write_partition, write.WRITERS = interrupted, 3\n"
+        "try: ingest.write(load_recipe(sys.argv[1]), Layout(Path(sys.argv[2])), routing_key=bytes(range(32)))\n"
+        "except KeyboardInterrupt: sys.exit(0 if threading.active_count() == 1 else 4)\n"
+        "sys.exit(3)\n"
+    )
+    run_with(code, recipe, tmp_path)
+    assert not list((tmp_path / "store").iterdir())
+
+
+def test_how_many_write_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = resolved(saved(tmp_path, people()))
+    monkeypatch.setattr("sisa.records.parts.MOST_ROWS", 7)
+    found = []
+    for writers in (1, 3):
+        monkeypatch.setattr(writing, "WRITERS", writers)
+        monkeypatch.setattr(writing.os, "sched_getaffinity", lambda _: range(8))
+        layout, counts = stored(tmp_path / f"by-{writers}", recipe)
+        files = {path.relative_to(layout.root): path.read_bytes() for path in layout.records.rglob("*.parquet")}
+        found.append((counts, files))
+    assert found[0] == found[1]
 
 
 def test_what_a_killed_ingest_left_does_not_get_in(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from sisa.records.partition import (
     present_ids,
     read_partition,
     rewrite_partition,
-    stray_files,
 )
 from sisa.records.seal import seal
+from sisa.records.strays import stray_files
 from sisa.routing import exclusion_digest, shard_keys
 
 Store = tuple[Layout, Recipe, dict[tuple[int, int], str]]

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 from sisa.deletion.confirm import await_replicas
 from sisa.errors import DamagedError, StaleError, StoreError, UnknownIdsError, UserError
 from sisa.layout import HOLDOUT_SLICE, held_out_of, is_held_out
-from sisa.ledger import Kind, Request, Target
+from sisa.ledger import Kind, Partition, Request, Target
 from sisa.opening import OpenStore, key_check
 from sisa.records.partition import present_ids
+from sisa.records.parts import numbers_of
 from sisa.routing.ids import canonical_id
-from sisa.routing.keys import exclusion_digests
+from sisa.routing.keys import exclusion_digests, shard_keys
 
 LONGEST_REASON = 10_000
 SHOWN = 5
@@ -198,7 +199,7 @@ def _find_subjects(store: OpenStore, wanted: list[str]) -> _Search:
             by_place[shard, number].append(subject)
     for place, subjects in sorted(by_place.items()):
         try:
-            record_ids, subject_ids = ids_of(store, *place)
+            record_ids, subject_ids = ids_of(store, *place, subjects=subjects)
         except DamagedError as error:
             search.damage = search.damage or error
             for subject in subjects:
@@ -233,18 +234,54 @@ def _find_records(store: OpenStore, wanted: list[str]) -> _Search:
     return search
 
 
-def ids_of(store: OpenStore, shard: int, slice_: int) -> tuple[pa.Array, pa.Array]:
-    """Return who is in a slice. A lost file must not look as if its people had never been there."""
+def ids_of(
+    store: OpenStore, shard: int, slice_: int, *, subjects: Sequence[str] | None = None
+) -> tuple[pa.Array, pa.Array]:
+    """Return who is in a slice. A lost file must not look as if its people had never been there.
+
+    Args:
+        store: The store.
+        shard: 0..S-1.
+        slice_: Which slice.
+        subjects: Look only where these may be: of several files, into theirs.
+
+    Returns:
+        Ids of records and of their owners.
+
+    Raises:
+        DamagedError: Not as many are there as there should be.
+    """
     expected = store.ledger.partitions.get(shard, slice_)
-    record_ids, subject_ids = present_ids(store.layout, shard, slice_)
-    lost = len(record_ids) not in {expected.records, expected.next_records}
-    if lost and store.ledger.partitions.get(shard, slice_) == expected:  # else a deletion came in between
-        where = f"holdout of shard {shard}" if is_held_out(slice_) else f"slice {slice_} of shard {shard}"
+    where = f"holdout of shard {shard}" if is_held_out(slice_) else f"slice {slice_} of shard {shard}"
+    if not expected.files:
+        ids = present_ids(store.layout, shard, slice_)
+        _check_there(store, expected, f"the {where}", len(ids[0]), (expected.records, expected.next_records))
+        return ids
+    of = len(expected.files)
+    numbers = range(of)
+    if subjects is not None:
+        keys = shard_keys(store.keys.routing, shard)
+        numbers = np.unique(numbers_of(keys, pa.array(subjects, pa.string()), of)).tolist()
+    found = []
+    for number in numbers:
+        file = expected.files[number]
+        found.append(present_ids(store.layout, shard, slice_, file=(number, of)))
+        there = len(found[-1][0])
+        _check_there(store, expected, f"file {number} of the {where}", there, (file.records, file.next_records))
+    return pa.concat_arrays([ids for ids, _ in found]), pa.concat_arrays([owners for _, owners in found])
+
+
+def _check_there(
+    store: OpenStore, expected: Partition, where: str, there: int, wanted: tuple[int | None, int | None]
+) -> None:
+    lost = there not in wanted
+    if (
+        lost and store.ledger.partitions.get(expected.shard, expected.slice) == expected
+    ):  # else a deletion came in between
         raise DamagedError(
-            f"the {where} has {len(record_ids)} rows on disk, not the {expected.records} that the ledger expects",
+            f"{where} has {there} rows on disk, not the {wanted[0]} that the ledger expects",
             hint="Restore the file from a copy, then run `sisa repair`; `sisa verify` lists what is wrong.",
         )
-    return record_ids, subject_ids
 
 
 def _note(

@@ -42,7 +42,7 @@ def with_corrections(
         DamagedError: Rows that wait are damaged.
     """
     for each in store.ledger.requests.waiting(shard, slice_):
-        waiting = _waiting(store, each)
+        waiting = read_waiting_rows(store, each)
         there = set(rows.table[RECORD].filter(pa.array(keep_N)).to_pylist())
         wanted_N = ~unwanted(store, waiting, store.ledger.requests.exclusions().keys())
         wanted_N &= np.array([record not in there for record in waiting.table[RECORD].to_pylist()], np.bool_)
@@ -50,7 +50,12 @@ def with_corrections(
     return rows, keep_N
 
 
-def _waiting(store: OpenStore, waiting: Waiting) -> PartitionRows:
+def read_waiting_rows(store: OpenStore, waiting: Waiting) -> PartitionRows:
+    """Read the rows that wait for a slice because of one correction.
+
+    Raises:
+        DamagedError: They are lost or damaged.
+    """
     return read_waiting(
         store.layout,
         store.recipe,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sisa.checkpoints import StageId
 from sisa.coordination import Held
+from sisa.deletion.files import erase_files, is_older, rows_damage
 from sisa.deletion.incoming import sweep_incoming
 from sisa.deletion.merge import remove_correction, remove_merged, unwanted, with_corrections
 from sisa.errors import DamagedError, SisaError
@@ -26,8 +27,7 @@ from sisa.ledger import STATES, Partition, Request
 from sisa.lineage import membership
 from sisa.opening import OpenStore
 from sisa.progress import Reporter
-from sisa.records.excluded import excluded_rows
-from sisa.records.names import RECORD, SUBJECT
+from sisa.records.names import SUBJECT
 from sisa.records.partition import PartitionRows, read_partition, rewrite_partition
 from sisa.routing.keys import shard_keys
 from sisa.training.waiting import sweep_waiting
@@ -114,9 +114,13 @@ def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
 
 def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
     shard, slice_ = expected.shard, expected.slice
+    if expected.files:
+        erase_files(store, expected, lock)
+        return
     keys = shard_keys(store.keys.routing, shard)
     rows = read_partition(store.layout, store.recipe, keys, shard, slice_)
-    if rows.membership not in {expected.membership, expected.next_membership} and not _is_older(store, rows, expected):
+    known = {expected.membership, expected.next_membership}
+    if rows.files > 1 or (rows.membership not in known and not is_older(store, rows, expected)):
         raise rows_damage(store, shard, slice_)
     if rows.membership == expected.next_membership:
         # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
@@ -169,23 +173,6 @@ def _erase_restored(store: OpenStore, expected: Partition, lock: Held) -> None:
         raise rows_damage(store, shard, slice_)
     lock.check()
     rewrite_partition(store.layout, shard, slice_, keep_N, rows)
-
-
-def _is_older(store: OpenStore, rows: PartitionRows, expected: Partition) -> bool:
-    """Whether these are the expected rows and, with an older file, deleted people's that were erased before.
-
-    Of the requests that wait for this slice, some may have been erased from it already, the oldest first.
-    """
-    place = (expected.shard, expected.slice)
-    waiting = [r.id for r in store.ledger.requests.open() if r.state == STATES[0] and place in r.places]
-    exclusions = store.ledger.requests.exclusions()
-    for first in range(len(waiting) + 1):
-        due = set(waiting[first:])
-        erased = {pair for pair, request in exclusions.items() if request not in due}
-        keep_N = ~excluded_rows(rows.table[RECORD], rows.table[SUBJECT], erased, store.keys.exclusion)
-        if membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N]) == expected.membership:
-            return True
-    return False
 
 
 def _survivors(store: OpenStore, rows: PartitionRows) -> tuple[NDArray[np.bool_], str]:
@@ -251,15 +238,6 @@ def _shard_held(
 
 def _purged(store: OpenStore, request: Request) -> bool:
     return STATES.index(store.ledger.requests.get(request.id).state) >= PURGED
-
-
-def rows_damage(store: OpenStore, shard: int, slice_: int) -> DamagedError:
-    """Return the error that says that a slice holds other rows than the ledger expects."""
-    folder = store.layout.partition_key(shard, slice_)
-    return DamagedError(
-        f"the rows of shard {shard}, slice {slice_} are not those that the ledger expects",
-        hint=f"Restore the files under {folder} from a copy, then run `sisa repair`.",
-    )
 
 
 def _clear_marks(store: OpenStore) -> None:

@@ -2,7 +2,7 @@
 
 from sisa.ledger.generations import Generation
 from sisa.ledger.ledger import Ledger
-from sisa.ledger.partitions import Partition
+from sisa.ledger.partitions import Partition, PartitionFile
 from sisa.ledger.place import Place, PostgresPlace, place_of
 from sisa.ledger.replicas import HELD, WAITED, ReplicaRow, View
 from sisa.ledger.requests import STATES, Acceptance, Kind, Request, Target, Waiting
@@ -23,6 +23,7 @@ __all__ = [
     "Ledger",
     "Member",
     "Partition",
+    "PartitionFile",
     "Place",
     "PostgresPlace",
     "ReplicaRow",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sisa.errors import StaleError
 from sisa.ledger.database import Database, now
-from sisa.ledger.partitions import Partition
+from sisa.ledger.partitions import Partition, insert_partitions
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,6 @@ class Generations:
                 raise StaleError("another generation was added meanwhile", hint="Run the command again.")
             records = sum(partition.records for partition in partitions)
             self._db.rows("INSERT INTO generations VALUES (?, ?, ?)", (number, now(), records))
-            self._db.many(
-                "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (?, ?, ?, ?, ?)",
-                [(p.shard, p.slice, p.records, p.subjects, p.membership) for p in partitions],
-            )
+            insert_partitions(self._db, partitions)
             self._db.note("generation_added", generation=number, records=records)
             return True

@@ -127,7 +127,7 @@ class Ledger:
 
         Of the rows that is what their slices held: against such a digest a guess about the deleted could be tested.
         """
-        self.database.shed("stages", "members", "fitted", "partitions", "waiting")
+        self.database.shed("stages", "members", "fitted", "partitions", "partition_files", "waiting")
 
     def check(self) -> None:
         """Check what the engine can check of itself.

@@ -3,14 +3,33 @@
 ``changes`` counts the deletions accepted for a slice. A stage may be entered into the ledger only if no
 slice that it saw has changed since its training was planned. A ``dirty`` slice still holds rows of
 deleted people on disk.
+
+A slice of several files has a line for each of them too. While such a slice is erased, each file holds what was expected
+of it or what was prepared: so its lines tell what a killed erasure left, file by file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sisa.ledger.database import Database, Row
+
+
+@dataclass(frozen=True)
+class PartitionFile:
+    """One of a slice's several files, as the ledger knows it."""
+
+    records: int
+    membership: str
+    next_records: int | None = None
+    next_membership: str | None = None
+
+    @property
+    def memberships(self) -> set[str | None]:
+        """What it may hold: what is expected, and what was prepared."""
+        return {self.membership, self.next_membership}
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,24 @@ class Partition:
     next_records: int | None = None
     changes: int = 0
     dirty: bool = False
+    files: tuple[PartitionFile, ...] = ()
+    """In order of their numbers; none if the slice has a single one."""
+
+
+def insert_partitions(database: Database, partitions: Sequence[Partition]) -> None:
+    """Set what new slices hold; to be called in a transaction."""
+    database.many(
+        "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (?, ?, ?, ?, ?)",
+        [(p.shard, p.slice, p.records, p.subjects, p.membership) for p in partitions],
+    )
+    database.many(
+        "INSERT INTO partition_files (shard, slice, number, records, membership) VALUES (?, ?, ?, ?, ?)",
+        [
+            (p.shard, p.slice, number, file.records, file.membership)
+            for p in partitions
+            for number, file in enumerate(p.files)
+        ],
+    )
 
 
 class Partitions:
@@ -38,10 +75,8 @@ class Partitions:
         """Set what was ingested, once, and close the ingest."""
         with self._db.transaction():
             self._db.rows("DELETE FROM partitions")
-            self._db.many(
-                "INSERT INTO partitions (shard, slice, records, subjects, membership) VALUES (?, ?, ?, ?, ?)",
-                [(p.shard, p.slice, p.records, p.subjects, p.membership) for p in partitions],
-            )
+            self._db.rows("DELETE FROM partition_files")
+            insert_partitions(self._db, partitions)
             self._db.rows(
                 "INSERT INTO facts (name, value) VALUES ('ingested', 'yes')"
                 " ON CONFLICT (name) DO UPDATE SET value = excluded.value"
@@ -51,19 +86,57 @@ class Partitions:
     def all(self, shard: int | None = None) -> list[Partition]:
         """Return the partitions, of one shard or of all, in order."""
         where, parameters = ("WHERE shard = ?", (shard,)) if shard is not None else ("", ())
-        return [
-            _partition(r)
-            for r in self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)  # noqa: S608 - no value in it
-        ]
+        with self._db.snapshot():
+            rows = self._db.rows(f"SELECT * FROM partitions {where} ORDER BY shard, slice", parameters)  # noqa: S608 - no value in it
+            files = self._files(where, parameters)
+        return [_partition(row, files[row["shard"], row["slice"]]) for row in rows]
 
     def get(self, shard: int, slice_: int) -> Partition:
         """Return one partition."""
-        row = self._db.row("SELECT * FROM partitions WHERE shard = ? AND slice = ?", (shard, slice_))
-        return _partition(row) if row is not None else Partition(shard, slice_, 0, 0, "")
+        where, parameters = "WHERE shard = ? AND slice = ?", (shard, slice_)
+        with self._db.snapshot():
+            row = self._db.row(f"SELECT * FROM partitions {where}", parameters)  # noqa: S608 - no value in it
+            files = self._files(where, parameters)
+        return _partition(row, files[shard, slice_]) if row is not None else Partition(shard, slice_, 0, 0, "")
 
-    def prepare_erasure(self, shard: int, slice_: int, *, records: int, subjects: int, membership: str) -> None:
-        """Write down what the slice will hold, before its file is replaced."""
+    def _files(self, where: str, parameters: Sequence[int]) -> Mapping[tuple[int, int], list[PartitionFile]]:
+        found: defaultdict[tuple[int, int], list[PartitionFile]] = defaultdict(list)
+        statement = f"SELECT * FROM partition_files {where} ORDER BY shard, slice, number"  # noqa: S608 - no value in it
+        for row in self._db.rows(statement, parameters):
+            file = PartitionFile(row["records"], row["membership"], row["next_records"], row["next_membership"])
+            found[row["shard"], row["slice"]].append(file)
+        return found
+
+    def prepare_erasure(
+        self,
+        shard: int,
+        slice_: int,
+        *,
+        records: int,
+        subjects: int,
+        membership: str,
+        files: Mapping[int, tuple[int, str]] | None = None,
+    ) -> None:
+        """Write down what the slice will hold, before a file of it is replaced.
+
+        Args:
+            shard: 0..S-1.
+            slice_: Which slice.
+            records: How many rows it will have.
+            subjects: How many owners.
+            membership: Digest of them.
+            files: The same of those of several files that will be replaced, by number.
+        """
         with self._db.transaction():
+            self._db.rows(
+                "UPDATE partition_files SET next_records = NULL, next_membership = NULL"
+                " WHERE shard = ? AND slice = ? AND next_membership IS NOT NULL",
+                (shard, slice_),
+            )
+            self._db.many(
+                "UPDATE partition_files SET next_records = ?, next_membership = ? WHERE shard = ? AND slice = ? AND number = ?",
+                [(rows, digest, shard, slice_, number) for number, (rows, digest) in (files or {}).items()],
+            )
             self._db.rows(
                 "UPDATE partitions SET next_records = ?, next_subjects = ?, next_membership = ? WHERE shard = ? AND slice = ?",
                 (records, subjects, membership, shard, slice_),
@@ -93,9 +166,24 @@ class Partitions:
                 " next_records = NULL, next_subjects = NULL, next_membership = NULL WHERE shard = ? AND slice = ?",
                 (shard, slice_),
             )
+            self._db.rows(f"{_ADOPT} WHERE shard = ? AND slice = ? AND next_membership IS NOT NULL", (shard, slice_))
+
+    def adopt_files(self, shard: int, slice_: int, numbers: Collection[int]) -> None:
+        """Make the prepared content of some files the expected one, since they hold it; the slice stays as it is."""
+        with self._db.transaction():
+            self._db.many(
+                f"{_ADOPT} WHERE shard = ? AND slice = ? AND number = ? AND next_membership IS NOT NULL",
+                [(shard, slice_, number) for number in numbers],
+            )
 
 
-def _partition(row: Row) -> Partition:
+_ADOPT = (
+    "UPDATE partition_files SET records = next_records, membership = next_membership,"
+    " next_records = NULL, next_membership = NULL"
+)
+
+
+def _partition(row: Row, files: Sequence[PartitionFile]) -> Partition:
     return Partition(
         shard=row["shard"],
         slice=row["slice"],
@@ -106,4 +194,5 @@ def _partition(row: Row) -> Partition:
         next_records=row["next_records"],
         changes=row["changes"],
         dirty=bool(row["dirty"]),
+        files=tuple(files),
     )

@@ -16,7 +16,7 @@ from sisa.files import TEMPORARY
 from sisa.layout import CHECKPOINTS_KEY, CORRECTIONS_KEY, INCOMING_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY
 from sisa.ledger import STATES
 from sisa.opening import OpenStore
-from sisa.records.partition import stray_keys
+from sisa.records.strays import stray_keys
 from sisa.remote import is_beside, open_to_all, recipe_text
 
 LEFT = "left by a command that was killed; `sisa repair` removes it"
@@ -84,7 +84,9 @@ def _strays(store: OpenStore) -> Iterator[tuple[str, str]]:
         if key == RECIPE_KEY or key.startswith(expected):
             continue
         yield key, LEFT if part in KILLED else NOBODYS
-    for key in stray_keys(store.layout, store.shards, store.slices, generations=store.generations):
+    for key in stray_keys(
+        store.layout, store.shards, store.slices, generations=store.generations, several=several_files(store)
+    ):
         yield key, f"{'unfinished' if incoming else 'unknown'} file among the records"
     for key in sorted({_snapshot_of(key) or key for key in _checkpoints(store).strays()}):
         yield key, SNAPSHOT if _snapshot_of(key) else NOBODYS
@@ -95,6 +97,11 @@ def _snapshot_of(key: str) -> str:
     parts = key.split("/")
     shard = parse_shard(parts[1]) if len(parts) >= SNAPSHOT_PARTS else None
     return "/".join(parts[:SNAPSHOT_PARTS]) if shard is not None and parse_snapshot(shard, parts[2]) else ""
+
+
+def several_files(store: OpenStore) -> dict[tuple[int, int], int]:
+    """Return how many files each (shard, slice) has that has several."""
+    return {(p.shard, p.slice): len(p.files) for p in store.ledger.partitions.all() if p.files}
 
 
 def _checkpoints(store: OpenStore) -> ObjectCheckpoints:

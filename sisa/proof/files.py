@@ -19,10 +19,10 @@ from sisa.files import TEMPORARY
 from sisa.ledger import STATES
 from sisa.ledger.sqlite import SqliteDatabase
 from sisa.opening import PARTS, OpenStore
-from sisa.proof.bucket import SNAPSHOT, check_beside, check_bucket
+from sisa.proof.bucket import SNAPSHOT, check_beside, check_bucket, several_files
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
-from sisa.records.partition import stray_files
+from sisa.records.strays import stray_files
 
 REPLAY = re.compile(r"[0-9a-f]{16}")
 """The name of a folder in which a replay retrains."""
@@ -44,7 +44,9 @@ def check_files(store: OpenStore) -> list[str]:
         kind = "folder and what is in it" if path.is_dir() else "file"
         fault = _left_behind(store, path) or f"nobody answers for this {kind}"
         problems.append(f"{_short(store, path)}: {fault}")
-    for path in stray_files(store.layout, store.shards, store.slices, generations=store.generations):
+    for path in stray_files(
+        store.layout, store.shards, store.slices, generations=store.generations, several=several_files(store)
+    ):
         if path not in links:
             unfinished = path.name.startswith(TEMPORARY) or store.layout.incoming.exists()
             kind = "unfinished" if unfinished else "unknown"

@@ -22,7 +22,11 @@ SELECT shard, slice FROM partitions WHERE dirty = 1 AND NOT EXISTS (
 """
 _PREPARED = """
 SELECT shard, slice FROM partitions
-WHERE dirty = 0 AND (next_records IS NOT NULL OR next_subjects IS NOT NULL OR next_membership IS NOT NULL)
+WHERE dirty = 0 AND (next_records IS NOT NULL OR next_subjects IS NOT NULL OR next_membership IS NOT NULL
+    OR EXISTS (
+        SELECT 1 FROM partition_files AS file
+        WHERE file.shard = partitions.shard AND file.slice = partitions.slice
+        AND (file.next_records IS NOT NULL OR file.next_membership IS NOT NULL)))
 """
 _MISCOUNTED = """
 SELECT shard, slice FROM partitions WHERE changes <> (
@@ -82,6 +86,8 @@ def _strange_places(store: OpenStore) -> list[str]:
     problems = [f"ledger: {slice_name(*place)}: no line says what it holds" for place in sorted(places - told)]
     problems += [f"ledger: {slice_name(*place)}: there is no such slice" for place in sorted((told | asked) - places)]
     problems += [f"ledger: {stage_name(*place)}: there is no such stage" for place in sorted(stages - trained)]
+    files = {(row["shard"], row["slice"]) for row in rows("SELECT DISTINCT shard, slice FROM partition_files")}
+    problems += [f"ledger: {slice_name(*place)}: files of no slice" for place in sorted(files - told)]
     for table in ("request_partitions", "exclusions", "marks"):
         if rows(f"SELECT 1 FROM {table} WHERE request NOT IN (SELECT id FROM requests) LIMIT 1"):  # noqa: S608 - names are ours
             problems.append(f"ledger: {table} has lines of a request that there is not")

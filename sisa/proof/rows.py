@@ -69,6 +69,10 @@ def _read(store: OpenStore, shard: int, slice_: int) -> tuple[Partition, Partiti
 
 def _uncounted(expected: Partition, rows: PartitionRows) -> list[str]:
     records, subjects = len(rows.table), len(rows.table[SUBJECT].unique())
+    if faults := _other_files(expected, rows):
+        return faults
+    if expected.dirty and expected.files:
+        return []  # killed between the replacements of two files: each of them is one that the ledger knows
     if expected.dirty and rows.membership == expected.next_membership:
         return []  # killed between the file's replacement and the ledger's line about it
     if rows.membership != expected.membership:
@@ -80,6 +84,23 @@ def _uncounted(expected: Partition, rows: PartitionRows) -> list[str]:
             f"{records} rows of {subjects} people, not {expected.records} of {expected.subjects} as the ledger counts"
         ]
     return []
+
+
+def _other_files(expected: Partition, rows: PartitionRows) -> list[str]:
+    """Hold each of several files against the ledger's line about it."""
+    found = rows.by_file()
+    if len(found) != len(expected.files):
+        counts = [f"{len(files)} files" if files else "a single file" for files in (found, expected.files)]
+        return [f"{counts[0]}, but {counts[1]} in the ledger"] if rows.table.num_rows or expected.files else []
+    faults = []
+    for number, ((records, digest), file) in enumerate(zip(found, expected.files, strict=True)):
+        if expected.dirty and digest == file.next_membership:
+            continue
+        if records != file.records:
+            faults.append(f"file {number} has {records} rows, not the {file.records} that the ledger expects")
+        elif digest != file.membership:
+            faults.append(f"file {number} has {records} rows, but others than the ledger expects")
+    return faults
 
 
 def _excluded(store: OpenStore, rows: PartitionRows) -> int:

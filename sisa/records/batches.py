@@ -24,7 +24,9 @@ from sisa.lineage import canonical_order, membership
 from sisa.recipe import Recipe
 from sisa.records.digest import DIGEST_BYTES, content_digests, id_digests
 from sisa.records.names import CONTENT, RECORD
-from sisa.records.partition import _damaged, _schema_problem, _stored_digests, partition_key
+from sisa.records.partition import file_numbers_of, partition_key, several_keys
+from sisa.records.parts import row_bytes
+from sisa.records.rowfile import damaged, schema_problem, stored_digests
 from sisa.records.seal import check_seal
 from sisa.routing.keys import ShardKeys
 from sisa.storage import Storage
@@ -41,7 +43,7 @@ class SliceRead:
     """What is known of a slice when all of its rows were read and verified."""
 
     order_N: NDArray[np.int64]
-    """Where the records lie in the file, in canonical order."""
+    """Where the records lie in the slice's files, in canonical order."""
     membership: str
     """Digest of who is in the slice and what their records say."""
 
@@ -61,17 +63,18 @@ def read_batches(
     Raises:
         DamagedError: The file is unreadable, or a row isn't what was written.
     """
-    key = partition_key(layout, keys.shard, slice_)
     ids, contents = _Digests(), _Digests()
-    for table, count in _tables(layout.storage, key, recipe):
+    for part, table, count in _batches(layout, recipe, keys.shard, slice_):
+        key = partition_key(layout, keys.shard, slice_, *part)
+        file_numbers_of(keys, key, table, *part)
         try:
-            stored_N16 = _stored_digests(table[CONTENT])
+            stored_N16 = stored_digests(table[CONTENT])
             ids.add(id_digests(keys, table[RECORD]), of=count)
             contents.add(content_digests(keys, table, recipe), of=count)
         except (pa.ArrowException, ValueError, IndexError) as error:
-            raise _damaged(key, "its rows can't be decoded") from error
+            raise damaged(key, "its rows can't be decoded") from error
         if not np.array_equal(contents.last_N16, stored_N16):
-            raise _damaged(key, "the content of a row is not what was written")
+            raise damaged(key, "the content of a row is not what was written")
         take(table.drop_columns([CONTENT]))
     return SliceRead(canonical_order(ids.all), membership(ids.all, contents.all))
 
@@ -84,15 +87,14 @@ def count_values(layout: Layout, recipe: Recipe, shard: int, slice_: int) -> dic
     """
     names = [name for name in recipe.data.features if recipe.data.columns[name].type == "categorical"]
     values: dict[str, set[str]] = {name: set() for name in names}
-    key = partition_key(layout, shard, slice_)
-    for table, _ in _tables(layout.storage, key, recipe, columns=names):
+    for _, table, _ in _batches(layout, recipe, shard, slice_, columns=names):
         for name in names:
             values[name].update(table[name].unique().drop_null().to_pylist())
     return {name: len(found) for name, found in values.items()}
 
 
 class _Digests:
-    """Digests of a slice's records, in memory for as many as the file says it has."""
+    """Digests of a slice's records, in memory for as many as its files say they have."""
 
     def __init__(self) -> None:
         self._room_N16 = np.empty((0, DIGEST_BYTES), np.uint8)
@@ -100,43 +102,61 @@ class _Digests:
         self.last_N16 = self._room_N16
 
     def add(self, digests_N16: NDArray[np.uint8], *, of: int) -> None:
-        """Take those of the next records.
-
-        Raises:
-            ValueError: There are more records than the file says.
-        """
-        if not self._filled:
-            self._room_N16 = np.empty((of, DIGEST_BYTES), np.uint8)
-        self._room_N16[self._filled : self._filled + len(digests_N16)] = digests_N16
-        self._filled += len(digests_N16)
+        """Take those of the next records; the file that they are from says that it has so many."""
+        filled = self._filled + len(digests_N16)
+        if filled > len(self._room_N16):
+            self._room_N16.resize((max(filled, self._filled + of), DIGEST_BYTES), refcheck=False)
+        self._room_N16[self._filled : filled] = digests_N16
+        self._filled = filled
         self.last_N16 = digests_N16
 
     @property
     def all(self) -> NDArray[np.uint8]:
-        """Those of all records so far."""
+        """Those of all records so far; void when more are taken."""
         return self._room_N16[: self._filled]
+
+
+def _batches(
+    layout: Layout, recipe: Recipe, shard: int, slice_: int, columns: list[str] | None = None
+) -> Iterator[tuple[tuple[int, int], pa.Table, int]]:
+    """Yield batches of a slice: of which file of how many, rows, and how many the file has; none if there are no rows."""
+    try:
+        for table, count in _tables(layout.storage, partition_key(layout, shard, slice_), recipe, columns):
+            yield (0, 1), table, count
+    except FileNotFoundError:  # also if its last rows were erased this very moment
+        pass
+    else:
+        return
+    keys = several_keys(layout, shard, slice_)
+    for number, key in enumerate(keys):
+        try:
+            for table, count in _tables(layout.storage, key, recipe, columns):
+                yield (number, len(keys)), table, count
+        except FileNotFoundError:
+            raise damaged(key, "it is missing") from None
 
 
 def _tables(
     storage: Storage, key: str, recipe: Recipe, columns: list[str] | None = None
 ) -> Iterator[tuple[pa.Table, int]]:
-    """Yield batches of a sealed file, and how many rows it has; none if its folder holds no rows."""
+    """Yield batches of a sealed file, and how many rows it has.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DamagedError: It is unreadable.
+    """
     try:
         with storage.opened(key) as stream:
             check_seal(stream)
             file = papq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER_BYTES)
-            problem = _schema_problem(file.schema_arrow, recipe)
+            problem = schema_problem(file.schema_arrow, recipe)
             if problem:
-                raise _damaged(key, problem)
-            rows = min(MOST_ROWS, max(1, BATCH_BYTES // _row_bytes(recipe)))
+                raise damaged(key, problem)
+            rows = min(MOST_ROWS, max(1, BATCH_BYTES // row_bytes(recipe)))
             for batch in file.iter_batches(batch_size=rows, columns=columns, use_threads=False):
                 batch.validate(full=True)
                 yield pa.table(batch), file.metadata.num_rows
-    except FileNotFoundError:  # also if its last rows were erased this very moment
-        return
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise _damaged(key, "it is unreadable, or its bytes don't fit its checksums") from error
-
-
-def _row_bytes(recipe: Recipe) -> int:
-    return 64 + sum(4 * (spec.size or 4) for spec in recipe.data.columns.values())
+        raise damaged(key, "it is unreadable, or its bytes don't fit its checksums") from error

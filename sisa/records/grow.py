@@ -18,10 +18,12 @@ from sisa.layout import HOLDOUT_SLICE, Layout, held_out_of
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Excluded, Intake, Progress, arrivals
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import partition_key, read_partition, rewrite_partition, write_rows
+from sisa.records.partition import read_partition, rewrite_partition
+from sisa.records.rowfile import write_rows
 from sisa.records.schema import check_fits
 from sisa.records.source import open_source
-from sisa.records.write import BUDGET_BYTES, PartitionCount, Spool, Told, gather
+from sisa.records.spool import Spool
+from sisa.records.write import BUDGET_BYTES, PartitionCount, Told, counted, gather
 from sisa.routing.keys import shard_keys
 from sisa.routing.router import Router
 
@@ -100,7 +102,9 @@ def write_generation(
     make_folder(layout.incoming)
     if not layout.shared:
         require_nameless(layout.incoming)
-    with contextlib.closing(Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes)) as spool:
+    with contextlib.closing(
+        Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes, routing_key=routing_key)
+    ) as spool:
         for arrived in arrivals(intake):
             spool.add(replace(arrived, slice_N=(arrived.slice_N != HOLDOUT_SLICE).astype(arrived.slice_N.dtype)))
             told.read(arrived.read)
@@ -116,9 +120,13 @@ def write_generation(
     return counts
 
 
-def _writer(layout: Layout, shard: int, slice_: int, check: Callable[[], None]) -> Callable[[Iterator[pa.Table]], None]:
-    def write_to(pieces: Iterator[pa.Table]) -> None:
-        with layout.storage.writing(partition_key(layout, shard, slice_)) as stream:
+def _writer(
+    layout: Layout, shard: int, slice_: int, check: Callable[[], None]
+) -> Callable[[str, Iterator[pa.Table]], None]:
+    folder = layout.partition_key(shard, slice_)
+
+    def write_to(name: str, pieces: Iterator[pa.Table]) -> None:
+        with layout.storage.writing(f"{folder}/{name}") as stream:
             write_rows(stream, pieces)
             check()  # else these may be a place of somebody else's rows by now
 
@@ -148,7 +156,7 @@ def drop_excluded(
             check()
             rewrite_partition(layout, count.shard, count.slice, keep_N, rows)
             rows = read_partition(layout, recipe, keys, count.shard, count.slice)
-        left.append(PartitionCount(count.shard, count.slice, len(rows.table), rows.membership))
+        left.append(counted(count.shard, count.slice, rows))
     return left
 
 

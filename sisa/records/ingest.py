@@ -7,6 +7,7 @@ or nothing; ``compare`` holds a source against a store that has been written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sisa.layout import Layout
 from sisa.recipe import Recipe
@@ -37,6 +38,7 @@ def scan(
     routing_key: bytes,
     excluded: Excluded | None = None,
     undeclared_text: Sequence[str] = (),
+    scratch: Path | None = None,
     on_progress: Progress | None = None,
 ) -> ScanReport:
     """Read the sources once and check every record; nothing is written.
@@ -47,14 +49,16 @@ def scan(
         excluded: Marks the rows of deleted people, which are left out.
         undeclared_text: Features that are categories only because they are text (see
             :func:`sisa.records.schema.undeclared_text`); prose among them is refused.
+        scratch: An existing folder on whose file system hashes of ids may wait, in a file without a name.
         on_progress: Told how many more records were read.
 
     Raises:
         SourceError: A record, or a source, can't be used.
         RecipeError: A second source lacks columns of the recipe.
+        StoreError: There is no room for hashes.
     """
     intake = _intake(recipe, routing_key=routing_key, excluded=excluded)
-    return scanning.scan(intake, undeclared_text=undeclared_text, on_progress=on_progress)
+    return scanning.scan(intake, undeclared_text=undeclared_text, scratch=scratch, on_progress=on_progress)
 
 
 def write(

@@ -1,15 +1,20 @@
 """The first pass over a source: everything that can be refused is refused here, and nothing is written.
 
 Checked are ids (present, not empty, each record's once across all sources), labels (declared), values (of
-their kind, finite) and text that nobody declared to be categories. Memory grows by 16 bytes a record.
+their kind, finite) and text that nobody declared to be categories.
+
+Memory doesn't grow with the records: hashes of their ids, under a key that lives as long as the scan, wait on disk in
+buckets, and each bucket is looked through by itself. Where hashes meet, the ids decide.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +25,7 @@ from sisa.errors import SourceError
 from sisa.layout import HOLDOUT_SLICE
 from sisa.records.arrivals import Intake, Progress, arrivals, arriving_ids
 from sisa.records.names import RECORD, SUBJECT
+from sisa.records.spill import Spill, as_hashes, as_rows
 from sisa.routing.siphash import siphash_text
 
 SHOWN = 5
@@ -29,6 +35,8 @@ FREE_TEXT_CHARACTERS = 100.0
 MOST_CATEGORIES = 10_000
 SAMPLED = 256
 """Values of a batch that stand for it when words are counted."""
+MOST_SUSPECTS = 200_000
+"""Hashes that meet of which the ids are looked up in one pass: if all the world repeats, some of it is enough to say so."""
 
 
 @dataclass(frozen=True)
@@ -44,63 +52,87 @@ class ScanReport:
     """Rows of deleted people, which are left out."""
 
 
-def scan(intake: Intake, *, undeclared_text: Sequence[str] = (), on_progress: Progress | None = None) -> ScanReport:
+def scan(
+    intake: Intake,
+    *,
+    undeclared_text: Sequence[str] = (),
+    scratch: Path | None = None,
+    on_progress: Progress | None = None,
+) -> ScanReport:
     """Read the sources once and check every record.
 
     Args:
         intake: What to read.
         undeclared_text: Features that are categories only because they are text; these may turn out to be
             free text, which can't be trained on yet.
+        scratch: An existing folder on whose file system hashes of ids may wait, in a file without a name.
         on_progress: Told how many more records were read.
 
     Raises:
         SourceError: A record can't be used; nothing was written.
+        StoreError: There is no room for hashes.
     """
     key = secrets.token_bytes(16)
-    records: list[NDArray[np.uint64]] = []
-    subjects: list[NDArray[np.uint64]] = []
     holdout_records = excluded = 0
     watches = [_TextWatch(name) for name in undeclared_text]
     own_subjects = intake.recipe.data.subject_column == intake.recipe.data.record_id
-    for arrived in arrivals(intake):
-        records.append(siphash_text(key, arrived.batch.column(RECORD)))
-        if not own_subjects:
-            subjects.append(siphash_text(key, arrived.batch.column(SUBJECT)))
-        holdout_records += int((arrived.slice_N == HOLDOUT_SLICE).sum())
-        excluded += arrived.excluded
+    with (
+        contextlib.closing(Spill(width=8, folder=scratch)) as records,
+        contextlib.closing(Spill(width=8, folder=scratch)) as subjects,
+    ):
+        for arrived in arrivals(intake):
+            records.add(as_rows(siphash_text(key, arrived.batch.column(RECORD))))
+            if not own_subjects:
+                subjects.add(as_rows(siphash_text(key, arrived.batch.column(SUBJECT))))
+            holdout_records += int((arrived.slice_N == HOLDOUT_SLICE).sum())
+            excluded += arrived.excluded
+            for watch in watches:
+                watch.see(arrived.batch.column(watch.name))
+            if on_progress is not None:
+                on_progress(arrived.read)
         for watch in watches:
-            watch.see(arrived.batch.column(watch.name))
-        if on_progress is not None:
-            on_progress(arrived.read)
-    for watch in watches:
-        watch.judge()
-    hashes = np.concatenate(records) if records else np.empty(0, np.uint64)
-    _check_unique(hashes, key, intake)
-    count = len(hashes)
-    owners = count if own_subjects else len(np.unique(np.concatenate(subjects))) if subjects else 0
+            watch.judge()
+        _check_unique(records, key, intake)
+        count = records.count
+        owners = count if own_subjects else sum(len(np.unique(as_hashes(bucket))) for bucket in subjects.buckets())
     return ScanReport(records=count, holdout_records=holdout_records, subjects=owners, excluded_records=excluded)
 
 
-def _check_unique(hashes: NDArray[np.uint64], key: bytes, intake: Intake) -> None:
+def _check_unique(records: Spill, key: bytes, intake: Intake) -> None:
     """Find ids that occur twice: by hash first, and where hashes meet by the ids themselves."""
-    hashes.sort()
-    suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-    if not len(suspects):
-        return
-    counts: Counter[str] = Counter()
-    for ids in arriving_ids(intake):
-        suspicious = np.isin(siphash_text(key, ids), suspects)
-        if suspicious.any():
-            counts.update(ids.filter(pa.array(suspicious)).to_pylist())
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        shown = ", ".join(map(repr, twice[:SHOWN])) + (", ..." if len(twice) > SHOWN else "")
-        problem = f"{intake.recipe.data.record_id!r} must not repeat, but {len(twice)} record ids occur more than once"
-        raise SourceError(
-            f"{problem}: {shown}",
-            hint="Give each row its own id; name the person in data.subject_id.",
-            without_ids=problem,
-        )
+    for suspects in _suspects(records):  # more than one group only if those before had met by chance
+        counts: Counter[str] = Counter()
+        for ids in arriving_ids(intake):
+            suspicious = np.isin(siphash_text(key, ids), suspects)
+            if suspicious.any():
+                counts.update(ids.filter(pa.array(suspicious)).to_pylist())
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            raise _repeated(twice, intake, all_=len(suspects) < MOST_SUSPECTS)
+
+
+def _suspects(records: Spill) -> Iterator[NDArray[np.uint64]]:
+    """Yield the hashes that occur more than once, at most so many at a time."""
+    found = np.empty(0, np.uint64)
+    for bucket in records.buckets():
+        hashes = np.sort(as_hashes(bucket))
+        found = np.concatenate([found, np.unique(hashes[1:][hashes[1:] == hashes[:-1]])])
+        while len(found) >= MOST_SUSPECTS:
+            yield found[:MOST_SUSPECTS]
+            found = found[MOST_SUSPECTS:]
+    if len(found):
+        yield found
+
+
+def _repeated(twice: list[str], intake: Intake, *, all_: bool) -> SourceError:
+    shown = ", ".join(map(repr, twice[:SHOWN])) + (", ..." if len(twice) > SHOWN else "")
+    amount = str(len(twice)) if all_ else f"at least {len(twice)}"
+    problem = f"{intake.recipe.data.record_id!r} must not repeat, but {amount} record ids occur more than once"
+    return SourceError(
+        f"{problem}: {shown}",
+        hint="Give each row its own id; name the person in data.subject_id.",
+        without_ids=problem,
+    )
 
 
 class _TextWatch:

@@ -1,47 +1,49 @@
 """The second pass over a source: rows into partitions, in bounded memory, all or nothing.
 
 In order: batches are collected until they fill a budget; each fill is sorted by partition and spooled as one
-run, a record batch for each partition; then each partition is put together from its pieces of all runs
-and written as one file. Everything happens in a folder of its own on a local disk, which takes the records'
+run (:mod:`sisa.records.spool`); then each partition is put together from its pieces of all runs and written, as one
+file or, if it is large, as several (:mod:`sisa.records.parts`). Everything happens in a folder of its own on a local disk, which takes the records'
 place in one durable rename at the end. Killed at any instant this leaves the old records or the new ones, and
 perhaps ``tmp-records``, which the next attempt removes. To object storage the files are uploaded at the end instead:
 killed meanwhile it leaves some of them, which the next attempt removes.
 
-One file is open for writing at a time, whatever the number of partitions. Memory holds the budget about
-three times, one partition's piece of a run, and 32 bytes a record of the partition being written.
+Partitions are put together by as many threads as there are processors, four at most; each has one file open. Memory holds
+the budget about three times and each writer's rows of one file; it doesn't grow with the records.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc as paipc
-from numpy.typing import NDArray
 
 from sisa.files import make_folder, publish_folder, remove, sweep_temporary
 from sisa.layout import HOLDOUT_SLICE, RECORDS_KEY, Layout
-from sisa.lineage import membership
+from sisa.lineage import canonical_order, membership_in_order
 from sisa.recipe import Recipe
-from sisa.records.arrivals import Arrivals, Intake, Progress, arrivals
-from sisa.records.digest import DIGEST_BYTES, Digests, content_digests, id_digests
-from sisa.records.names import RECORD
-from sisa.records.partition import partition_file, with_contents, write_rows
+from sisa.records.arrivals import Intake, Progress, arrivals
+from sisa.records.digest import DIGEST_BYTES, content_digests, id_digests
+from sisa.records.names import RECORD, SUBJECT
+from sisa.records.partition import PartitionRows
+from sisa.records.parts import file_name, files_for, rows_of_a_file
+from sisa.records.rowfile import joined, no_rows, with_contents, write_rows
+from sisa.records.spill import Spill
+from sisa.records.spool import Spool
 from sisa.routing.keys import ShardKeys, shard_keys
 
 BUDGET_BYTES = 192 * 2**20
 """Rows collected before they are sorted and spooled."""
+WRITERS = 4
+"""Partitions that are put together at a time, at most."""
 UPLOADS = 8
 """Files on their way to object storage at a time."""
-PIECE_ROWS = 262_144
-"""Rows of a piece that are digested and written at a time."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class PartitionCount:
     slice: int
     records: int
     membership: str
+    subjects: int = 0
+    files: tuple[tuple[int, str], ...] = ()
+    """Number of records and membership of each file, if there are several."""
 
 
 def write(
@@ -84,21 +89,41 @@ def write(
     make_folder(scratch.records)
     told = Told(on_progress)
     try:
-        with contextlib.closing(Spool(scratch.root, slices=intake.router.slices, budget_bytes=budget_bytes)) as spool:
+        with contextlib.closing(_spool(scratch, intake, routing_key, budget_bytes)) as spool:
             for arrived in arrivals(intake):
                 spool.add(arrived)
                 told.read(arrived.read)
             spool.flush()
-            counts = [
-                _write_partition(spool, scratch, intake.recipe, keys, slice_=slice_, told=told)
-                for keys in (shard_keys(routing_key, shard) for shard in range(intake.router.shards))
-                for slice_ in range(HOLDOUT_SLICE, intake.router.slices + 1)
-            ]
+            counts = _write_partitions(spool, scratch, intake, routing_key, told)
         _publish(scratch, layout)
         told.end()
     finally:
         remove(scratch.root)
     return counts
+
+
+def _write_partitions(
+    spool: Spool, scratch: Layout, intake: Intake, routing_key: bytes, told: Told
+) -> list[PartitionCount]:
+    """Write every partition; one that fails, or an interruption, ends the others at their next rows."""
+    places = [
+        (keys, slice_)
+        for keys in (shard_keys(routing_key, shard) for shard in range(intake.router.shards))
+        for slice_ in range(HOLDOUT_SLICE, intake.router.slices + 1)
+    ]
+
+    def write_one(place: tuple[ShardKeys, int]) -> PartitionCount:
+        return _write_partition(spool, scratch, intake.recipe, place[0], slice_=place[1], told=told)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    with ThreadPoolExecutor(min(WRITERS, cores)) as pool:
+        futures = [pool.submit(write_one, place) for place in places]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            told.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _publish(scratch: Layout, layout: Layout) -> None:
@@ -123,13 +148,17 @@ def _publish(scratch: Layout, layout: Layout) -> None:
 def _write_partition(
     spool: Spool, scratch: Layout, recipe: Recipe, keys: ShardKeys, *, slice_: int, told: Told
 ) -> PartitionCount:
-    path = partition_file(scratch, keys.shard, slice_)
+    folder = scratch.partition(keys.shard, slice_)
 
-    def write_to(pieces: Iterator[pa.Table]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, pieces)
+    def write_to(name: str, tables: Iterator[pa.Table]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / name, tables)
 
     return gather(spool, recipe, keys, slice_=slice_, write_to=write_to, told=told)
+
+
+def _spool(scratch: Layout, intake: Intake, routing_key: bytes, budget_bytes: int) -> Spool:
+    return Spool(scratch.root, slices=intake.router.slices, budget_bytes=budget_bytes, routing_key=routing_key)
 
 
 def gather(
@@ -138,30 +167,106 @@ def gather(
     keys: ShardKeys,
     *,
     slice_: int,
-    write_to: Callable[[Iterator[pa.Table]], None],
+    write_to: Callable[[str, Iterator[pa.Table]], None],
     told: Told,
 ) -> PartitionCount:
-    """Put one partition together from its pieces; without rows nothing is written."""
-    ids = [np.empty((0, DIGEST_BYTES), np.uint8)]
-    contents = [np.empty((0, DIGEST_BYTES), np.uint8)]
+    """Put one partition together from its pieces, file by file; without rows nothing is written.
 
-    def pieces() -> Iterator[pa.Table]:
-        for piece in spool.pieces(keys.shard, slice_):
-            ids.append(id_digests(keys, piece.column(RECORD)))
-            contents.append(content_digests(keys, piece, recipe))
-            yield with_contents(pa.table(piece), contents[-1])
-            told.written(piece.num_rows)
+    Args:
+        spool: What has come.
+        recipe: The recipe.
+        keys: Of the shard.
+        slice_: The slice, as the spool knows it.
+        write_to: Writes tables to a file of this name.
+        told: Who wants to know.
+    """
+    most = rows_of_a_file(recipe)
+    rows = spool.rows(keys.shard, slice_)
+    of = files_for(rows, most=most)
+    files, subjects = [], 0
+    with contextlib.closing(_pairs(spool)) as whole:
+        for number in range(of if rows else 0):
+            with contextlib.closing(_pairs(spool)) as part:
+                file = _FileRows(recipe, keys, told, (whole, part))
+                tables = grouped(spool.batches(keys, slice_, number, of), rows=most)
+                write_to(file_name(number, of), _or_none(map(file.table, tables), recipe))
+                files.append((part.count, _membership(part)))
+            subjects += file.subjects
+        return PartitionCount(
+            keys.shard, slice_, whole.count, _membership(whole), subjects, tuple(files) if of > 1 else ()
+        )
 
-    if spool.holds(keys.shard, slice_):
-        write_to(pieces())
-    ids_N16: Digests = np.concatenate(ids)
-    return PartitionCount(keys.shard, slice_, len(ids_N16), membership(ids_N16, np.concatenate(contents)))
+
+def counted(shard: int, slice_: int, rows: PartitionRows) -> PartitionCount:
+    """Count what was read of a slice."""
+    subjects = len(rows.table[SUBJECT].unique())
+    return PartitionCount(shard, slice_, len(rows.table), rows.membership, subjects, rows.by_file())
+
+
+def _pairs(spool: Spool) -> Spill:
+    return Spill(width=2 * DIGEST_BYTES, folder=spool.folder)
+
+
+def _membership(pairs: Spill) -> str:
+    ordered = (bucket[canonical_order(bucket[:, :DIGEST_BYTES])] for bucket in pairs.buckets())
+    return membership_in_order(pairs.count, ordered)
+
+
+class _FileRows:
+    """Takes what goes into one file through, with digests, and counts."""
+
+    def __init__(self, recipe: Recipe, keys: ShardKeys, told: Told, pairs: Sequence[Spill]) -> None:
+        self._recipe, self._keys, self._told, self._pairs = recipe, keys, told, pairs
+        self._subjects = pa.array([], pa.string())
+
+    @property
+    def subjects(self) -> int:
+        """How many owners there were: all of a person's rows in a slice are in one file."""
+        return len(self._subjects)
+
+    def table(self, rows: pa.Table) -> pa.Table:
+        """Return rows with the digests of their contents."""
+        contents_N16 = content_digests(self._keys, rows, self._recipe)
+        pairs_N32 = np.concatenate([id_digests(self._keys, rows[RECORD]), contents_N16], axis=1)
+        for pairs in self._pairs:
+            pairs.add(pairs_N32)
+        self._subjects = pa.concat_arrays([self._subjects, rows[SUBJECT].unique()]).unique()
+        self._told.written(rows.num_rows)
+        return with_contents(rows, contents_N16)
+
+
+def grouped(batches: Iterator[pa.RecordBatch], *, rows: int) -> Iterator[pa.Table]:
+    """Put small batches together to tables of about so many rows, and cut large ones."""
+    waiting: list[pa.Table] = []
+    for batch in batches:
+        for start in range(0, batch.num_rows, rows):
+            waiting.append(pa.table(batch.slice(start, rows)))
+            if sum(table.num_rows for table in waiting) >= rows:
+                yield joined(waiting).combine_chunks()
+                waiting = []
+    if waiting:
+        yield joined(waiting).combine_chunks()
+
+
+def _or_none(tables: Iterator[pa.Table], recipe: Recipe) -> Iterator[pa.Table]:
+    """Yield a table without rows if there are none: one of several files is there even then."""
+    table = None
+    for table in tables:
+        yield table
+    if table is None:
+        yield with_contents(no_rows(recipe), np.empty((0, DIGEST_BYTES), np.uint8))
+
+
+class StoppedError(Exception):
+    """Another writer failed, or somebody interrupted: this one's rows are not wanted any more."""
 
 
 class Told:
-    """Adds up progress: half a record for reading it, half for writing it."""
+    """Adds up progress, from any thread: half a record for reading it, half for writing it."""
 
     def __init__(self, on_progress: Progress | None) -> None:
+        self._lock = threading.Lock()
+        self._stopped = False
         self._on_progress = on_progress
         self._rows = 0
         self._halves = 0
@@ -173,9 +278,20 @@ class Told:
         self.written(count)
 
     def written(self, count: int) -> None:
-        """Say that ``count`` more rows were written."""
-        self._halves += count
-        self._say(self._halves // 2)
+        """Say that ``count`` more rows were written.
+
+        Raises:
+            StoppedError: No more are wanted.
+        """
+        if self._stopped:
+            raise StoppedError
+        with self._lock:
+            self._halves += count
+            self._say(self._halves // 2)
+
+    def stop(self) -> None:
+        """End who tells of rows the next time."""
+        self._stopped = True
 
     def end(self) -> None:
         """Say that rows which were left out are done too."""
@@ -185,68 +301,3 @@ class Told:
         if self._on_progress is not None and done > self._said:
             self._on_progress(done - self._said)
             self._said = done
-
-
-class Spool:
-    """Rows on their way, sorted by partition in runs on disk: files without a name, in an existing folder."""
-
-    def __init__(self, folder: Path, *, slices: int, budget_bytes: int) -> None:
-        self._folder = folder
-        self._slices = slices
-        self._budget_bytes = budget_bytes
-        self._waiting: list[Arrivals] = []
-        self._waiting_bytes = 0
-        self._runs: list[paipc.RecordBatchFileReader] = []
-        self._places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        self._open = contextlib.ExitStack()
-
-    def close(self) -> None:
-        """Close the runs."""
-        self._open.close()
-
-    def add(self, arrived: Arrivals) -> None:
-        """Take rows in, and spool what waits if it fills the budget."""
-        if self._waiting and self._waiting[0].batch.schema != arrived.batch.schema:
-            self.flush()  # a second source may keep its vectors in another type
-        self._waiting.append(arrived)
-        self._waiting_bytes += arrived.batch.nbytes
-        if self._waiting_bytes >= self._budget_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Spool what waits as one run: one record batch for each partition."""
-        if not self._waiting:
-            return
-        code_N = np.concatenate([self._code(a.shard_N, a.slice_N) for a in self._waiting])
-        table = pa.Table.from_batches([a.batch for a in self._waiting])
-        self._waiting, self._waiting_bytes = [], 0
-        order = np.argsort(code_N, kind="stable")
-        table = table.take(pa.array(order)).combine_chunks()
-        code_N = code_N[order]
-        starts = np.flatnonzero(np.diff(code_N, prepend=-1))
-        # Without a name: when this process ends, however it ends, nobody's rows are left.
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            with paipc.new_file(file, table.schema) as writer:
-                for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code_N)], strict=True)):
-                    self._places[int(code_N[start])].append((len(self._runs), index))
-                    writer.write_batch(table.slice(start, end - start).to_batches()[0])
-            file.flush()
-            stream = self._open.enter_context(pa.OSFile(f"/proc/self/fd/{file.fileno()}"))
-        self._runs.append(self._open.enter_context(paipc.open_file(stream)))
-
-    def holds(self, shard: int, slice_: int) -> bool:
-        """Tell whether a partition has rows."""
-        return self._key(shard, slice_) in self._places
-
-    def pieces(self, shard: int, slice_: int) -> Iterator[pa.RecordBatch]:
-        """Read the rows of a partition, piece by piece."""
-        for run, index in self._places[self._key(shard, slice_)]:
-            batch = self._runs[run].get_batch(index)
-            for start in range(0, batch.num_rows, PIECE_ROWS):
-                yield batch.slice(start, PIECE_ROWS)
-
-    def _key(self, shard: int, slice_: int) -> int:
-        return shard * (self._slices + 1) + slice_
-
-    def _code(self, shard_N: NDArray[np.int32], slice_N: NDArray[np.int32]) -> NDArray[np.int64]:
-        return shard_N.astype(np.int64) * (self._slices + 1) + slice_N

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 
 from sisa.coordination import Held
 from sisa.deletion.incoming import begin_incoming, end_incoming, next_place, sweep_held
@@ -28,11 +27,9 @@ from sisa.recipe import Recipe
 from sisa.records import ingest
 from sisa.records.compare import Comparison
 from sisa.records.grow import Place, drop_excluded, grown_recipe, write_generation
-from sisa.records.partition import present_ids
 from sisa.records.scan import ScanReport
-from sisa.records.write import PartitionCount
 from sisa.store.footing import require_same
-from sisa.store.launch import check_rows, excluder, raise_first, superseder
+from sisa.store.launch import check_rows, excluder, expected_of, raise_first, superseder
 from sisa.store.results import Addition
 from sisa.store.store import Store
 from sisa.training.footing import footing_here
@@ -103,7 +100,11 @@ def _examined(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> tuple[Sc
     reporter.begin("checking the source", total)
     try:
         found = ingest.scan(
-            recipe, routing_key=opened.keys.routing, excluded=excluder(opened), on_progress=reporter.advance
+            recipe,
+            routing_key=opened.keys.routing,
+            excluded=excluder(opened),
+            scratch=opened.layout.root,
+            on_progress=reporter.advance,
         )
     finally:
         reporter.end()
@@ -187,7 +188,7 @@ def _publish(opened: OpenStore, recipe: Recipe, place: Place, reporter: Reporter
         reporter.end()
     with opened.ingest_lock().held():  # new deletions wait for the moment that this takes
         while not ledger.generations.publish(
-            place.generation, _partitions(opened, counts), newest_request=newest, check=lock.check
+            place.generation, expected_of(counts), newest_request=newest, check=lock.check
         ):
             lock.check()
             newest = ledger.database.newest_request()
@@ -199,15 +200,6 @@ def _publish(opened: OpenStore, recipe: Recipe, place: Place, reporter: Reporter
                     "everybody in the table was deleted meanwhile; nothing was changed",
                     hint="Who was deleted can't be added again.",
                 )
-
-
-def _partitions(opened: OpenStore, counts: Sequence[PartitionCount]) -> list[Partition]:
-    return [
-        Partition(
-            c.shard, c.slice, c.records, len(present_ids(opened.layout, c.shard, c.slice)[1].unique()), c.membership
-        )
-        for c in counts
-    ]
 
 
 def _slices_of(opened: OpenStore, generation: int) -> list[Partition]:

@@ -15,13 +15,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sisa.coordination import Held
+from sisa.deletion.files import rows_damage
 from sisa.deletion.repair import Repair, bring_up
-from sisa.deletion.settle import rows_damage, settle_all
+from sisa.deletion.settle import settle_all
 from sisa.errors import RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
 from sisa.layout import Layout, is_held_out
 from sisa.learners.check import check_model
-from sisa.ledger import Partition, PostgresPlace, place_of
+from sisa.ledger import Partition, PartitionFile, PostgresPlace, place_of
 from sisa.opening import OpenStore, check_vacant, create_store, is_store, open_store, routing_key_for
 from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
@@ -29,9 +30,10 @@ from sisa.records import ingest
 from sisa.records.arrivals import Excluded
 from sisa.records.compare import Superseded
 from sisa.records.excluded import excluded_rows, superseded_rows
-from sisa.records.partition import present_ids, read_partition
+from sisa.records.partition import read_partition
 from sisa.records.schema import resolve, undeclared_text
 from sisa.records.source import open_source
+from sisa.records.write import PartitionCount
 from sisa.remote import layout_for
 from sisa.routing.keys import shard_keys
 from sisa.store.footing import require_same
@@ -111,10 +113,10 @@ def _ingested(asked: Recipe, layout: Layout, reporter: Reporter, *, upgrade: boo
         if not upgrade:
             require_same(opened, footing_here(opened.recipe))
         if not opened.ledger.ingested:  # an ingest that was killed: the source may be another by now
-            _scan(asked, resolved, key, reporter)
+            _scan(asked, resolved, key, reporter, layout)
     else:
         check_model(resolved)
-        _scan(asked, resolved, key, reporter)
+        _scan(asked, resolved, key, reporter, layout)
         opened = create_store(layout, resolved, key)
         _same_recipe(opened, resolved)
     with opened.operation_lock().held(timeout_s=0) as operation:
@@ -169,13 +171,14 @@ def superseder(opened: OpenStore) -> Superseded:
     return superseded
 
 
-def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter) -> None:
+def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter, layout: Layout) -> None:
     reporter.begin("checking the source", ingest.rows(resolved))
     try:
         found = ingest.scan(
             resolved,
             routing_key=key,
             undeclared_text=undeclared_text(asked, resolved),
+            scratch=next(folder for folder in (layout.root, *layout.root.absolute().parents) if folder.is_dir()),
             on_progress=reporter.advance,
         )
     finally:
@@ -198,14 +201,17 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iter
         reporter.end()
     for lock in locks:
         lock.check()
-    opened.ledger.partitions.replace_all(
-        [
-            Partition(
-                c.shard, c.slice, c.records, len(present_ids(opened.layout, c.shard, c.slice)[1].unique()), c.membership
-            )
-            for c in counts
-        ]
-    )
+    opened.ledger.partitions.replace_all(expected_of(counts))
+
+
+def expected_of(counts: Iterable[PartitionCount]) -> list[Partition]:
+    """Return what the ledger is to expect of slices that were written."""
+    return [
+        Partition(
+            c.shard, c.slice, c.records, c.subjects, c.membership, files=tuple(PartitionFile(*file) for file in c.files)
+        )
+        for c in counts
+    ]
 
 
 def check_rows(opened: OpenStore) -> None:

@@ -57,6 +57,13 @@ def _facts() -> None:
         key=("shard", "slice"),
     )  # fmt: skip
     _table(
+        "partition_files",
+        _column("shard", NUMBER), _column("slice", NUMBER), _column("number", NUMBER),
+        _column("records", NUMBER), _column("membership", TEXT),
+        _column("next_records", NUMBER, null=True), _column("next_membership", TEXT, null=True),
+        key=("shard", "slice", "number"),
+    )  # fmt: skip
+    _table(
         "generations",
         _column("number", NUMBER),
         _column("created_at", TEXT),
