@@ -140,6 +140,18 @@ def test_a_second_request_keeps_the_first_ones_exclusions(ledger: Ledger) -> Non
     }
 
 
+def test_records_that_are_found_later_are_excluded_and_counted_once(ledger: Ledger) -> None:
+    request = ledger.requests.accept([Target("subject", b"unseen", ((0, 1),), unseen=True)], reason="").request
+    assert (request.records, len(ledger.requests.exclusions())) == (0, 1)
+    for _ in range(2):
+        ledger.requests.found({b"one": request.id, b"two": request.id})
+    assert ledger.requests.get(request.id).records == 2
+    assert ledger.requests.exclusions() == dict.fromkeys(
+        [("subject", b"unseen"), ("record", b"one"), ("record", b"two")], request.id
+    )
+    assert [event["kind"] for event in ledger.events()].count("records_found") == 1
+
+
 def test_a_failed_acceptance_changes_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     before = everything(ledger)
 

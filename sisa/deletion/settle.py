@@ -29,7 +29,7 @@ from sisa.progress import Reporter
 from sisa.records.excluded import excluded_rows
 from sisa.records.names import RECORD, SUBJECT
 from sisa.records.partition import PartitionRows, read_partition, rewrite_partition
-from sisa.routing.keys import shard_keys
+from sisa.routing.keys import exclusion_digests, shard_keys
 from sisa.training.waiting import sweep_waiting
 
 PURGED = STATES.index("stages_purged")
@@ -123,7 +123,9 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         # after the next preparation would leave rows on disk that the ledger expects no more.
         store.ledger.partitions.adopt_prepared(shard, slice_)
     on_disk = rows.membership
-    rows, keep_N = with_corrections(store, shard, slice_, rows, _survivors(store, rows)[0])
+    keep_N, _ = _survivors(store, rows)
+    _remember_unseen(store, rows, ~keep_N)
+    rows, keep_N = with_corrections(store, shard, slice_, rows, keep_N)
     left = membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N])
     store.ledger.partitions.prepare_erasure(
         shard,
@@ -137,6 +139,21 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         rewrite_partition(store.layout, shard, slice_, keep_N, rows)
     lock.check()  # else whoever holds it by now may have erased more, and this file is older than the ledger says
     store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
+
+
+def _remember_unseen(store: OpenStore, rows: PartitionRows, gone_N: NDArray[np.bool_]) -> None:
+    """Count and remember records of people whose rows could not be read when their deletion was accepted."""
+    exclusions, key = store.ledger.requests.exclusions(), store.keys.exclusion
+    gone = rows.table.filter(pa.array(gone_N))
+    owners = exclusion_digests(key, "subject", gone[SUBJECT].to_pylist())
+    records = exclusion_digests(key, "record", gone[RECORD].to_pylist())
+    found = {
+        record: exclusions["subject", owner]
+        for record, owner in zip(records, owners, strict=True)
+        if ("subject", owner) in exclusions and ("record", record) not in exclusions
+    }
+    if found:
+        store.ledger.requests.found(found)
 
 
 def erase_restored(store: OpenStore) -> DamagedError | None:
