@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,11 @@ from store_kit import assert_same, at, copied, places, scratch, state_digests, t
 from torch import nn
 
 import sisa
-from sisa.errors import RecipeError, StoreError, UserError
+from sisa.errors import FootingError, RecipeError, StoreError, UserError
+from sisa.execution import build as building
+from sisa.execution.build import Plan
+from sisa.execution.options import Execution
+from sisa.layout import CHECKPOINTS_KEY
 from sisa.learners.shared import SharedGradients, part_of, require_shareable
 from sisa.progress import Silent
 from sisa.recipe import parse_recipe, recipe_digest
@@ -28,7 +33,7 @@ from sisa.training.group import PATIENCE, Group
 from sisa.training.meeting import meeting_folder
 from sisa.training.platform import fingerprint
 from sisa.training.stage import Stopped
-from sisa.training.together import Together
+from sisa.training.together import Together, task_data
 
 TOGETHER = {"devices_per_shard": 2}
 COUNTS = """
@@ -334,6 +339,18 @@ def test_a_frozen_process_does_not_keep_a_deletion_waiting(shop, tmp_path):
 def test_what_a_process_cannot_read_is_said_by_the_first_one():
     with pytest.raises(UserError, match="training a shard together failed: KeyError"):
         with_one_more({"task": {"root": "/nowhere"}, "epochs": 1}, should_stop=lambda: False)
+
+
+@pytest.mark.parametrize("other", [{"platform": "0" * 12}, {"code": "0" * 64}])
+def test_a_process_on_another_footing_does_not_train_with_us(shop, other):
+    """Its environment may be another, and a source that was edited since the first one had imported it."""
+    opened = shop[2].opened
+    code, platform = opened.ledger.footing()
+    plan = Plan(shards=[0], code=code, platform=platform, checkpoints=CHECKPOINTS_KEY)
+    slices = [each for each in opened.ledger.partitions.all(0) if each.slice]
+    task = building._task(opened, plan, Execution(), slices)
+    with pytest.raises(FootingError, match="the one that the chain was trained"):
+        with_one_more({"task": task_data(replace(task, **other)), "epochs": 1}, should_stop=lambda: False)
 
 
 @pytest.mark.ray

@@ -108,7 +108,6 @@ def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
             _erase_once(store, expected, lock)
-        lock.check()
         remove_merged(store, shard, slice_)
 
 
