@@ -27,7 +27,7 @@ from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
-from sisa.records.compare import Superseded
+from sisa.records.compare import Comparison, Superseded
 from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.partition import present_ids, read_partition
 from sisa.records.schema import resolve, undeclared_text
@@ -223,12 +223,12 @@ def check_rows(opened: OpenStore) -> None:
                     raise rows_damage(opened, shard, expected.slice)
 
 
-def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
-    """Hold the source against the store; return how many stored rows it hasn't any more."""
-    reporter.begin("comparing the source with the store", ingest.rows(resolved))
+def compared(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> Comparison:
+    """Hold the recipe's source against the store."""
+    reporter.begin("comparing the source with the store", ingest.rows(recipe))
     try:
-        found = ingest.compare(
-            resolved,
+        return ingest.compare(
+            recipe,
             opened.layout,
             routing_key=opened.keys.routing,
             generations=opened.generations,
@@ -238,6 +238,11 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
         )
     finally:
         reporter.end()
+
+
+def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
+    """Hold the source against the store; return how many stored rows it hasn't any more."""
+    found = compared(opened, resolved, reporter)
     if not found.clean:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "
