@@ -370,6 +370,13 @@ def killed_before(function: Callable[..., Any], *arguments: Any, root: Path, sto
     return str(where)
 
 
+def sampled(names: Sequence[str], *, most: int) -> list[int]:
+    """The first operation of each kind, and others between, evenly spread."""
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    spread = range(0, len(names), max(1, len(names) // max(1, most - len(first))))
+    return sorted({*first.values(), *spread})
+
+
 def reopened(root: Path) -> Store:
     """Open a store as a process does that has just started."""
     return open_store(root)

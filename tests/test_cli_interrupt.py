@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -83,6 +84,66 @@ def test_a_training_on_ray_ends_at_once_leaves_nothing_and_goes_on_later(tmp_pat
     answer = one_object(again.stdout)
     assert answer["stages_reused"] >= 1
     assert answer["stages_trained"] + answer["stages_reused"] == 6
+
+
+def test_however_often_it_is_interrupted_it_says_so_and_the_store_is_whole(tmp_path):
+    prepare(tmp_path, people(1_000), training={"epochs": 40, "batch_size": 8}, sisa={"shards": 2, "slices": 3})
+    words = command("train", "recipe.yaml", "--executor", "inline")
+    training = subprocess.Popen(
+        words, cwd=tmp_path, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: training.poll() is not None or [*tmp_path.glob("store/checkpoints/*/stage-*")], seconds=90)
+        while training.poll() is None:  # somebody is very impatient
+            training.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        out, err = training.communicate(timeout=30)
+    finally:
+        training.kill()
+    assert (training.returncode, out) == (130, ""), err
+    assert err.count("error: interrupted\n") <= 1  # or was interrupted while it was about to say so
+    assert "Traceback" not in err
+    answer = one_object(process("train", "recipe.yaml", "--executor", "inline", "--json", folder=tmp_path).stdout)
+    assert answer["stages_reused"] >= 1
+    assert answer["stages_trained"] + answer["stages_reused"] == 6
+    assert one_object(process("verify", "--store", "store", "--json", folder=tmp_path).stdout)["ok"]
+
+
+LEAVES = """
+import atexit, signal, sys
+from sisa.cli import main
+from sisa.cli.main import click
+
+def run(words):
+    if words == ["later"]:  # while a library clears up
+        atexit.register(signal.raise_signal, signal.SIGINT)
+    if words == ["last"]:  # when everybody has
+        return 130
+    return 130 if words == ["later"] else real(words)
+
+def echo(*words, **options):
+    if not told:
+        signal.raise_signal(signal.SIGINT)
+    told.append(words)
+    write(*words, **options)
+
+def invoked(**_):
+    raise KeyboardInterrupt
+
+if sys.argv[1:] == ["last"]:
+    atexit.register(signal.raise_signal, signal.SIGINT)
+told, real, write = [], main.run, click.echo
+main.run, click.echo, main.cli.main = run, echo, invoked
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("when", ["answered", "later", "last"])
+def test_a_second_interrupt_breaks_into_nothing_that_is_done_at_exit(when):
+    words = [sys.executable, "-c", LEAVES, when]
+    left = subprocess.run(words, env=surroundings(), capture_output=True, text=True, check=False)
+    said = "error: interrupted\nhint: Run the command again: it goes on where it stopped.\n"
+    assert (left.returncode, left.stdout, left.stderr) == (130, "", said if when == "answered" else "")
 
 
 def test_an_interrupt_waits_for_the_end_of_what_must_not_be_left_half_done():

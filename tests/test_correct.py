@@ -301,19 +301,12 @@ def check_killed(world: World, folder: Path, expected: dict[str, Any], number: i
     shutil.rmtree(root)
 
 
-def sampled(names: Sequence[str], *, most: int) -> list[int]:
-    """The first operation of each kind, and others between, evenly spread."""
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    spread = range(0, len(names), max(1, len(names) // max(1, most - len(first))))
-    return sorted({*first.values(), *spread})
-
-
 def test_a_correction_killed_at_every_kind_of_step_ends_the_same(
     world: World, folder: Path, undisturbed: tuple[list[str], dict[str, Any]]
 ) -> None:
     names, expected = undisturbed
     assert "COMMIT in ledger.requests.accept_correction" in names
-    for number in sampled(names, most=8):
+    for number in kit.sampled(names, most=8):
         check_killed(world, folder, expected, number)
 
 

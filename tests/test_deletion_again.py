@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import crash_kit as kit
 import pytest
@@ -17,6 +19,7 @@ from sisa.deletion import settle
 from sisa.deletion.accept import accept
 from sisa.errors import DamagedError, NoConstituentError, StoreError, UnknownIdsError, UserError
 from sisa.opening import renew_exclusion_key
+from sisa.storage.local import LocalStorage
 from sisa.store.store import Store
 
 TABLE = kit.people(12)
@@ -66,6 +69,10 @@ def root_of(store: Store) -> Path:
 
 def rows_of(store: Store, shard: int, slice_: int) -> Path:
     return root_of(store) / f"records/shard={shard:04d}/slice={slice_:02d}/part-00000.parquet"
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def records_of(person: str) -> set[str]:
@@ -294,6 +301,59 @@ def test_everybody_of_a_lost_slice_is_accepted_unseen_not_only_the_first(
     assert len(store.repair(executor="inline").requests) == 2
     assert not on_disk(store) & (records_of(one) | records_of(two))
     assert store.verify(replay="all", executor="inline").problems == []
+
+
+class FailsOnce:
+    """A disk that can't read one file, once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.failed = False
+        opened = LocalStorage.opened
+
+        @contextlib.contextmanager
+        def failing(storage: LocalStorage, key: str) -> Iterator[BinaryIO]:
+            if storage.path(key) == path and not self.failed:
+                self.failed = True
+                raise OSError(errno.EIO, "Input/output error")
+            with opened(storage, key) as stream:
+                yield stream
+
+        monkeypatch.setattr(LocalStorage, "opened", failing)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_whom_a_failing_disk_hid_when_it_was_asked_for_is_counted_when_the_rows_go(
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    store = world.copy(folder / "store")
+    person = world.people[1, 1][0]
+    disk = FailsOnce(monkeypatch, rows_of(store, 1, 1))
+    if killed:  # before the file is replaced: what was found is found again, and counted once
+        with monkeypatch.context() as patch:
+            patch.setattr(settle, "rewrite_partition", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.delete(subjects=[person], executor="inline")
+        store.repair(executor="inline")
+    else:
+        store.delete(subjects=[person], executor="inline")
+    assert disk.failed
+    (request,) = store.status()["requests"]
+    assert (request["state"], request["subjects"], request["records"]) == ("repaired", 1, len(records_of(person)))
+    assert store.verify(replay="all", executor="inline").problems == []
+    seen = world.copy(folder / "seen")
+    seen.delete(subjects=[person], executor="inline")
+    assert {*store.opened.ledger.requests.exclusions()} == {*seen.opened.ledger.requests.exclusions()}
+    assert kit.end_state(store)["constituents"] == kit.end_state(seen)["constituents"]
+
+
+def test_others_hear_of_a_record_that_was_found_later(world: World, folder: Path) -> None:
+    store = world.copy(folder / "store")
+    store.delete(subjects=[world.people[1, 1][0]], executor="inline", defer=True)
+    other = kit.reopened(root_of(store))
+    before = {*other.opened.ledger.requests.exclusions()}
+    (request,) = store.opened.ledger.requests.all()
+    store.opened.ledger.requests.found({b"16 bytes of one.": request.id})
+    assert {*other.opened.ledger.requests.exclusions()} - before == {("record", b"16 bytes of one.")}
 
 
 @pytest.mark.parametrize("due", ["readable", "unseen"])

@@ -398,6 +398,15 @@ def test_the_same_table_again_is_recognised_and_trains_what_is_missing(world: Wo
     assert store.opened.generations == 1
 
 
+def test_as_many_rows_of_another_table_are_not_taken_for_a_generation(world: World, folder: Path) -> None:
+    """All rows are there, as many as the generation brought: but not those."""
+    store = world.copy(folder / "store")
+    mixed = pa.concat_tables([MAY.slice(1), JUNE.slice(0, 1)])
+    assert len(mixed) == len(MAY)
+    with pytest.raises(UserError, match=f"{len(MAY)} of {len(MAY)} rows have a record id that is in the store already"):
+        store.add(world.source("mixed", mixed), executor="inline")
+
+
 @pytest.mark.parametrize("how", ["train", "repair"])
 def test_a_deferred_generation_is_trained_by_whatever_trains(world: World, folder: Path, how: str) -> None:
     store = world.copy(folder / "store", grown=False)
@@ -437,19 +446,12 @@ def check_killed(world: World, folder: Path, expected: dict[str, Any], number: i
     shutil.rmtree(root)
 
 
-def sampled(names: Sequence[str], *, most: int) -> list[int]:
-    """The first operation of each kind, and others between, evenly spread."""
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    spread = range(0, len(names), max(1, len(names) // max(1, most - len(first))))
-    return sorted({*first.values(), *spread})
-
-
 def test_an_addition_killed_at_every_kind_of_step_ends_the_same(
     world: World, folder: Path, undisturbed: tuple[list[str], dict[str, Any]]
 ) -> None:
     names, expected = undisturbed
     assert "COMMIT in ledger.generations.publish" in names
-    for number in sampled(names, most=12):
+    for number in kit.sampled(names, most=12):
         check_killed(world, folder, expected, number)
 
 

@@ -46,13 +46,6 @@ def _nobody_left() -> Iterator[None]:
     kit.Child.kill_all()
 
 
-def sampled(names: Sequence[str], *, most: int) -> list[int]:
-    """The first operation of each kind, and others between, evenly spread."""
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    spread = range(0, len(names), max(1, len(names) // max(1, most - len(first))))
-    return sorted({*first.values(), *spread})
-
-
 def check_all(points: Sequence[int], names: Sequence[str], run: Callable[[int], None]) -> None:
     """Run every point and say which failed."""
     failed: list[str] = []
@@ -132,7 +125,7 @@ def test_a_deletion_killed_at_every_kind_of_step_ends_the_same(
     for state_change in ("requests.accept", "requests.advance", "partitions.prepare_erasure", "repair._publish"):
         assert any(name.endswith(state_change) for name in names)
     points = [number for number, name in enumerate(names) if "requests." in name]  # each move of the journal
-    points = sorted({*points, *sampled(names, most=28)})
+    points = sorted({*points, *kit.sampled(names, most=28)})
     check_all(points, names, lambda n: check_killed_deletion(world, "default", leavers(world), expected, n))
 
 
@@ -188,7 +181,7 @@ def test_a_training_killed_at_every_kind_of_step_ends_the_same(
     world: World, undisturbed_training: tuple[list[str], dict[str, Any]]
 ) -> None:
     names, expected = undisturbed_training
-    points = sampled(names, most=24)
+    points = kit.sampled(names, most=24)
     check_all(points, names, lambda n: check_killed_training(world, "train", expected, n))
 
 
@@ -251,7 +244,7 @@ def test_a_repair_killed_at_every_kind_of_step_ends_the_same(
     world: World, repairable: tuple[Path, list[str], dict[str, Any]]
 ) -> None:
     broken, names, expected = repairable
-    points = sampled(names, most=16)
+    points = kit.sampled(names, most=16)
     check_all(points, names, lambda n: check_killed_repair(world, broken, "repair", expected, n))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from postgres_kit import Server
 
-from sisa.errors import BusyError, DamagedError, StoreError, UserError
+from sisa.errors import BusyError, DamagedError, StaleError, StoreError, UserError
 from sisa.ledger import Ledger, Member, Partition, Place, PostgresPlace, StageRow, Target, migrate, schema
 
 SHARDS, SLICES = 2, 3
@@ -138,6 +139,38 @@ def test_a_second_request_keeps_the_first_ones_exclusions(ledger: Ledger) -> Non
         ("subject", b"b" * 16),
         ("record", b"s" * 16),
     }
+
+
+def test_records_that_are_found_later_are_excluded_and_counted_once(ledger: Ledger) -> None:
+    request = ledger.requests.accept([Target("subject", b"unseen", ((0, 1),), unseen=True)], reason="").request
+    assert (request.records, len(ledger.requests.exclusions())) == (0, 1)
+    for _ in range(2):
+        ledger.requests.found({b"one": request.id, b"two": request.id})
+    assert ledger.requests.get(request.id).records == 2
+    assert ledger.requests.exclusions() == dict.fromkeys(
+        [("subject", b"unseen"), ("record", b"one"), ("record", b"two")], request.id
+    )
+    assert [event["kind"] for event in ledger.events()].count("records_found") == 1
+
+
+@pytest.mark.parametrize("changed", ["a generation", "a request", "the key"])
+def test_a_correction_of_rows_that_were_looked_up_before_something_else_came_is_refused(
+    ledger: Ledger, changed: str
+) -> None:
+    ledger.remember(exclusion_key="old")
+    seen: dict[str, Any] = {"key_check": "old", "newest_request": 0, "generations": 0}
+    if changed == "a generation":
+        new = [Partition(k, s, 1, 1, f"m-{k}-{s}") for k in range(SHARDS) for s in (SLICES + 1, -1)]
+        ledger.generations.publish(1, new, newest_request=0, check=lambda: None)
+    elif changed == "a request":
+        ledger.requests.accept([Target("subject", b"a" * 16, ((0, 1),))], reason="")
+    else:
+        ledger.remember(exclusion_key="new")
+    before = everything(ledger)
+    targets = [Target("content", b"c" * 16, ((1, 1),))]
+    with pytest.raises(StaleError):
+        ledger.requests.accept_correction("cor-1", targets, reason="", waiting=[], check=lambda: None, **seen)
+    assert everything(ledger) == before
 
 
 def test_a_failed_acceptance_changes_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -99,6 +100,30 @@ def test_the_engine_changes_nothing_that_was_trained_or_forgotten(
     again = store.delete(subjects=[gone], executor="inline")
     assert (again.repeated, again.request) == (True, done[0].request)
     embedded.close()
+
+
+def test_a_purge_leaves_no_key_and_no_digest_in_the_servers_files(
+    postgres: Server, postgres_url: str, tmp_path: Path
+) -> None:
+    """With them, the other rows and the routing key a guess about who was deleted could be tested."""
+    table = kit.people(60)
+    recipe = {**kit.make_recipe(tmp_path, table), "ledger": postgres_url}
+    (tmp_path / "routing.key").write_text(secrets.token_hex(32))  # so that no other store on the server has the same
+    store = kit.trained(recipe, tmp_path / "store")
+    person = next(person for person, place in kit.places(store, table).items() if place == (1, 2))
+    ledger = store.opened.ledger
+    (purged,) = [row for row in ledger.stages.all(1) if row.stage == 2]
+    traces = [purged.key, purged.state_digest, purged.full_digest, ledger.partitions.get(1, 2).membership]
+
+    def left() -> list[str]:
+        postgres.ask("CHECKPOINT")
+        files = [path.read_bytes() for path in (postgres.data / "base").rglob("*") if path.is_file()]
+        return [trace for trace in traces if any(trace.encode() in content for content in files)]
+
+    assert left() == traces
+    store.delete(subjects=[person], executor="inline", defer=True)
+    assert left() == []
+    store.close()
 
 
 def test_the_store_holds_no_ledger_no_locks_and_no_secret(store: Store, postgres: Server) -> None:

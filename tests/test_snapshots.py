@@ -25,7 +25,8 @@ from sisa.state import StageState, full_digest
 from sisa.store.launch import train as train_store
 from sisa.store.store import Store
 from sisa.training import stage as stage_module
-from sisa.training.stage import BATCH, EPOCH, Keeping, train_stage
+from sisa.training.recovery import Provenance, Recovery
+from sisa.training.stage import BATCH, EPOCH, Keeping, Stopped, train_stage
 
 RESTLESS = {"name": "mlp", "hidden": [6], "batch_norm": True, "dropout": 0.3}
 PIXELS = {"pixels": ColumnSpec(type="vector", size=192)}
@@ -486,7 +487,23 @@ def test_none_are_kept_where_none_are_wanted_and_never_in_a_replay(world, monkey
     monkeypatch.setattr(Snapshots, "write", unwanted)
     store = train({**world.recipe, "workers": {"snapshot_every_s": None}}, world.folder / "none")
     same_as_straight(store, world)
-    assert store.verify(replay="all", executor="inline").problems == []
+    monkeypatch.undo()
+    monkeypatch.setattr(stage_module, "LOOK_UP_S", 0.0)
+    store = train(world.recipe, world.folder / "wanted")
+    monkeypatch.setattr(Snapshots, "write", unwanted)
+    assert store.opened.recipe.workers.snapshot_every_s == 0.0
+    found = store.verify(replay="all", executor="inline")
+    assert (found.problems, found.stages_replayed) == ([], 4)
+
+
+def test_a_stop_that_comes_after_the_look_up_keeps_no_snapshot(tmp_path):
+    """To find out whether the state says all takes a while; and a lock may be lost that very moment."""
+    snapshots = CheckpointStore(tmp_path).snapshots
+    said = Provenance(parent_key="", records=18, worker="here:1", fingerprint={})
+    keeping = Recovery(snapshots, IDENTITY, lambda _: None).keeping(0.0, said, stopped=lambda: True)
+    with pytest.raises(Stopped):
+        keeping.keep(StageState(), 1)
+    assert snapshots.list_shard(0) == []
 
 
 COUNTING = """

@@ -6,7 +6,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +20,20 @@ from cli_kit import command, surroundings
 from store_kit import assert_same, at, copied, places, scratch, state_digests, train, write
 from torch import nn
 
-from sisa.errors import RecipeError, StoreError, UserError
+import sisa
+from sisa.errors import FootingError, RecipeError, StoreError, UserError
+from sisa.execution import build as building
+from sisa.execution.build import Plan
+from sisa.execution.options import Execution
+from sisa.layout import CHECKPOINTS_KEY
 from sisa.learners.shared import SharedGradients, part_of, require_shareable
 from sisa.progress import Silent
 from sisa.recipe import parse_recipe, recipe_digest
+from sisa.training.group import PATIENCE, Group
+from sisa.training.meeting import meeting_folder
 from sisa.training.platform import fingerprint
 from sisa.training.stage import Stopped
-from sisa.training.together import Together
+from sisa.training.together import Together, task_data
 
 TOGETHER = {"devices_per_shard": 2}
 COUNTS = """
@@ -220,21 +230,54 @@ def test_a_process_that_dies_ends_the_stage_and_leaves_nothing(shop, tmp_path):
     assert not list((tmp_path / "store" / "checkpoints").glob("*/stage-*"))
 
 
-def test_the_others_end_when_the_first_one_is_killed(shop, tmp_path):
+@pytest.fixture
+def first(shop, tmp_path):
+    """A process that is training a long stage with another one."""
     _, table, _ = shop
     source = write(table, tmp_path / "t.parquet")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(at(tmp_path, recipe(**LONG), source)))
+    (tmp_path / "temporary").mkdir()
     first = subprocess.Popen(
         command("train", "recipe.yaml", "--store", "store", "--executor", "inline"),
-        cwd=tmp_path, env=surroundings(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=tmp_path, env=surroundings(TMPDIR=str(tmp_path / "temporary")),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_until(lambda: following(first.pid))
+    try:
+        wait_until(lambda: following(first.pid))
+        yield first
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_the_others_end_when_the_first_one_is_killed(first, tmp_path):
     others = following(first.pid)
     time.sleep(1.0)
     first.kill()
     first.wait()
     wait_until(lambda: not any(is_following(pid) for pid in others))
     assert not list((tmp_path / "store" / "checkpoints").glob("*/stage-*"))
+
+
+def test_nothing_is_left_of_where_they_met_when_the_first_one_is_terminated(first, tmp_path):
+    wait_until(lambda: list(tmp_path.glob("temporary/sisa-*")))
+    wait_until(lambda: not list(tmp_path.glob("temporary/*")))  # they have met, and train on
+    assert first.poll() is None
+    first.terminate()
+    first.wait()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_where_the_processes_of_a_killed_one_would_have_met_is_swept_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = "from sisa.training.meeting import *\nimport os\nwith meeting_folder(): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", killed], env=surroundings(TMPDIR=str(tmp_path)), check=False)
+    (left,) = tmp_path.iterdir()
+    with meeting_folder() as mine:
+        assert list(tmp_path.iterdir()) == [mine] != [left]
+        with meeting_folder() as another:
+            assert sorted(tmp_path.iterdir()) == sorted([mine, another])  # whose processes live
+        assert list(tmp_path.iterdir()) == [mine]
 
 
 def with_one_more(told, *, should_stop):
@@ -251,9 +294,63 @@ def test_a_stop_is_heard_while_the_processes_get_ready():
     assert not following()
 
 
+def test_a_stop_is_heard_while_the_others_are_waited_for(tmp_path):
+    with pytest.raises(Stopped):
+        Group(tmp_path / "meeting", rank=0, size=2, device="cpu", should_stop=lambda: True)
+
+
+class Freezer(Silent):
+    """Freezes the other process in mid-stage, and deletes somebody meanwhile; is done when training goes on."""
+
+    def __init__(self, delete):
+        self._delete = delete
+        self.frozen = []
+        self.deletion = None
+
+    def advance(self, amount):
+        others = following() if amount else []
+        if self.frozen and others and others != self.frozen:
+            raise KeyboardInterrupt
+        if others and not self.frozen:
+            self.frozen = others
+            for pid in others:
+                os.kill(pid, signal.SIGSTOP)
+            self.deletion = self._delete()
+
+
+def test_a_frozen_process_does_not_keep_a_deletion_waiting(shop, tmp_path):
+    _, table, store = shop
+    record = next(record for record, (_, slice_) in places(store).items() if slice_ == 1)
+    person = table["person"][table["record"].to_pylist().index(int(record))].as_py()
+
+    def delete():
+        words = command("delete", "--store", "store", "--subject", person, "--defer")
+        return subprocess.Popen(words, cwd=tmp_path, env=surroundings(), stdout=subprocess.DEVNULL)
+
+    freezer, began = Freezer(delete), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, recipe(**LONG), table, reporter=freezer)
+    assert freezer.deletion.wait() == 0
+    assert time.monotonic() - began < PATIENCE.total_seconds() / 2
+    assert [request["state"] for request in sisa.open_store(tmp_path / "store").status()["requests"]] == ["repairing"]
+    assert not any(map(is_following, freezer.frozen))
+
+
 def test_what_a_process_cannot_read_is_said_by_the_first_one():
     with pytest.raises(UserError, match="training a shard together failed: KeyError"):
         with_one_more({"task": {"root": "/nowhere"}, "epochs": 1}, should_stop=lambda: False)
+
+
+@pytest.mark.parametrize("other", [{"platform": "0" * 12}, {"code": "0" * 64}])
+def test_a_process_on_another_footing_does_not_train_with_us(shop, other):
+    """Its environment may be another, and a source that was edited since the first one had imported it."""
+    opened = shop[2].opened
+    code, platform = opened.ledger.footing()
+    plan = Plan(shards=[0], code=code, platform=platform, checkpoints=CHECKPOINTS_KEY)
+    slices = [each for each in opened.ledger.partitions.all(0) if each.slice]
+    task = building._task(opened, plan, Execution(), slices)
+    with pytest.raises(FootingError, match="the one that the chain was trained"):
+        with_one_more({"task": task_data(replace(task, **other)), "epochs": 1}, should_stop=lambda: False)
 
 
 @pytest.mark.ray

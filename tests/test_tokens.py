@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import re
 import shlex
@@ -15,7 +17,7 @@ from cli_kit import ROOT, Cli, documented, one_object, process, surroundings, tr
 import sisa
 from sisa.cli import main
 from sisa.errors import BusyError, UserError
-from sisa.ledger import SCOPES, Ledger
+from sisa.ledger import SCOPES, Ledger, tokens
 
 FORM = re.compile(r"sisa_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 
@@ -55,6 +57,32 @@ def test_a_token_is_found_by_its_whole_text_and_nothing_else(ledger):
     unknown = f"sisa_{'0' * 16}_{form[2]}"
     for wrong in ("", text[:-1], text + "A", text + "\n", f" {text}", text.upper(), form[2], flipped, crossed, unknown):
         assert ledger.tokens.find(wrong) is None
+
+
+def test_a_token_is_compared_in_constant_time_whether_its_id_is_known_or_not(ledger, monkeypatch):
+    text, token = ledger.tokens.create(["read"])
+    secret = FORM.fullmatch(text)[2]
+    wrong, unknown = f"sisa_{token.id}_{secret[::-1]}", f"sisa_{'0' * 16}_{secret}"
+    digest = {each: hashlib.sha256(each.encode()).digest() for each in (text, wrong, unknown)}
+    compared, say = [], []
+
+    def compare_digest(one, other):
+        compared.append((one, other))
+        return say[-1] if say else compare(one, other)
+
+    compare = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    assert [ledger.tokens.find(each) for each in (text, wrong, unknown)] == [token, None, None]
+    assert compared == [
+        (digest[text], digest[text]),
+        (digest[wrong], digest[text]),
+        (digest[unknown], tokens.NOBODY),  # of the same length: what isn't there takes as long
+    ]
+    assert len(tokens.NOBODY) == len(digest[text])
+    say.append(False)  # nothing else decides
+    assert ledger.tokens.find(text) is None
+    say.append(True)
+    assert [ledger.tokens.find(each) for each in (wrong, unknown)] == [token, None]
 
 
 def test_neither_the_text_nor_its_secret_lies_in_the_ledger(ledger, tmp_path):

@@ -527,11 +527,36 @@ def test_a_history_that_was_edited(root: Path, name: str) -> None:
 
 
 def test_rows_that_the_history_does_not_know(world: World, tmp_path: Path) -> None:
-    """Nobody was deleted, and fewer rows are there than were ingested, all else agreeing."""
+    """Nobody was deleted, and fewer rows are there than were ingested, all else agreeing: nobody is accused."""
     root = kit.copy_store(world.untouched, tmp_path / "store")
     edit(root, "UPDATE events SET detail = json_set(detail, '$.records', json_extract(detail, '$.records') + 1) WHERE kind = 'ingested'")  # fmt: skip
     (problem,) = problems(root)
-    assert re.search(r"history was edited: \d+ records were ingested, but", problem)
+    came, there = re.fullmatch(
+        r"1 rows are missing; the ledger doesn't say of which slice "
+        r"\((\d+) records were ingested, (\d+) are there, 0 are remembered as deleted\)",
+        problem,
+    ).groups()  # type: ignore[union-attr]
+    assert int(came) == int(there) + 1
+
+
+def test_rows_that_are_lost_are_told_with_their_place_and_accuse_nobody(root: Path) -> None:
+    held = ask(root, "SELECT records FROM partitions WHERE shard = 1 AND slice = 1")[0][0]
+    (root / ROWS).unlink()
+    found = problems(root)
+    (told,) = [problem for problem in found if "rows are missing" in problem]
+    assert told.startswith(f"{held} rows are missing: {held} of shard 1, slice 1 (")
+    assert f"shard 1, slice 1: 0 rows, not the {held} that the ledger expects" in found
+    assert not [problem for problem in found if "history was edited" in problem]
+
+
+def test_of_lost_rows_those_are_told_whose_place_is_known(root: Path) -> None:
+    held = ask(root, "SELECT records FROM partitions WHERE shard = 1 AND slice = 1")[0][0]
+    (root / ROWS).unlink()
+    edit(root, "UPDATE events SET detail = json_set(detail, '$.records', json_extract(detail, '$.records') + 1) WHERE kind = 'ingested'")  # fmt: skip
+    told = (
+        f"{held + 1} rows are missing: {held} of shard 1, slice 1; the ledger doesn't say of which slice the others are"
+    )
+    assert any(problem.startswith(told) for problem in problems(root))
 
 
 def test_a_slice_of_the_holdout_that_vanished_after_a_deletion(root: Path) -> None:
@@ -541,7 +566,7 @@ def test_a_slice_of_the_holdout_that_vanished_after_a_deletion(root: Path) -> No
     nothing = membership(np.zeros((0, 16), np.uint8), np.zeros((0, 16), np.uint8))
     edit(root, f"UPDATE partitions SET records = 0, subjects = 0, membership = '{nothing}' WHERE shard = 0 AND slice = 0")  # fmt: skip
     (problem,) = problems(root)
-    assert re.search(r"^history was edited: \d+ records were ingested, but", problem)
+    assert re.search(r"^\d+ rows are missing; the ledger doesn't say of which slice", problem)
 
 
 def test_requests_that_share_records_remember_their_own(world: World, root: Path) -> None:

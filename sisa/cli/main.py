@@ -7,9 +7,14 @@ Nothing heavier than click is imported before a verb runs.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -28,7 +33,9 @@ from sisa.cli.token import token
 from sisa.cli.train import train
 from sisa.cli.verify import verify
 from sisa.errors import SisaError
+from sisa.execution.interrupts import interrupts_deferred
 
+INTERRUPTED = 130
 INTERNAL = 70
 """``EX_SOFTWARE`` of sysexits.h."""
 
@@ -65,7 +72,21 @@ for shown in (cli, *cli.commands.values(), *token.commands.values()):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
+    # Registered first, so that it runs last: what the interpreter takes apart after that says nothing when interrupted.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    code = INTERRUPTED
+    with contextlib.suppress(KeyboardInterrupt):  # a second one, while the first was being answered
+        code = run(words)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave the process; one more Ctrl-C ends it at once, and not in the middle of what libraries do at exit."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+            stream.flush()
+    sys.exit(code)
 
 
 def run(words: list[str], *, name_ids: bool = True) -> int:
@@ -89,7 +110,10 @@ def run(words: list[str], *, name_ids: bool = True) -> int:
         message, place = (error.message, getattr(error, "place", "")) if name_ids else (error.without_ids, "")
         return _failed(f"{message} ({place})" if place else message, error.hint, error.exit_code, as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
-        return _failed("interrupted", "Run the command again: it goes on where it stopped.", 130, as_json=as_json)
+        with interrupts_deferred():
+            return _failed(
+                "interrupted", "Run the command again: it goes on where it stopped.", INTERRUPTED, as_json=as_json
+            )
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         message = f"the file system refused: {error.strerror or error}{where}"

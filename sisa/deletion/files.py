@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sisa.coordination import Held
 from sisa.deletion.merge import read_waiting_rows, unwanted
+from sisa.deletion.unseen import remember_unseen
 from sisa.errors import DamagedError
 from sisa.ledger import STATES, Partition
 from sisa.lineage import membership
@@ -58,6 +59,7 @@ def erase_files(store: OpenStore, expected: Partition, lock: Held) -> None:
     _adopt(store, expected, heads, found)
     exclusions = store.ledger.requests.exclusions().keys()
     keep_N = ~unwanted(store, heads, exclusions)
+    remember_unseen(store, heads, ~keep_N)
     arriving = _arriving(store, keys, slice_, heads.table[RECORD].filter(pa.array(keep_N)), exclusions)
     assert heads.file_N is not None
     touched = np.union1d(heads.file_N[~keep_N], [n for rows in arriving for n in rows.file_N]).astype(int).tolist()

@@ -81,7 +81,10 @@ def _wider(one: pa.Field, other: pa.Field) -> pa.Field:
 
 
 def remove_merged(store: OpenStore, shard: int, slice_: int) -> None:
-    """Remove what waited for a slice that is clean: it was merged, or is excluded. The rows' lock is held."""
+    """Remove what waited for a slice that is clean: it was merged, or is excluded.
+
+    Nothing waits again that was merged once, so that whoever has lost the rows' lock by now removes nothing that is needed.
+    """
     with store.ledger.database.snapshot():
         if store.ledger.partitions.get(shard, slice_).dirty:
             return

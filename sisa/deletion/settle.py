@@ -20,6 +20,7 @@ from sisa.coordination import Held
 from sisa.deletion.files import erase_files, is_older, rows_damage
 from sisa.deletion.incoming import sweep_incoming
 from sisa.deletion.merge import remove_correction, remove_merged, unwanted, with_corrections
+from sisa.deletion.unseen import remember_unseen
 from sisa.errors import DamagedError, SisaError
 from sisa.files import sweep_temporary
 from sisa.layout import SCRATCH_KEY, is_held_out
@@ -108,7 +109,6 @@ def erase_partition(store: OpenStore, shard: int, slice_: int) -> None:
             raise DamagedError(f"the ledger doesn't know slice {slice_} of shard {shard} any more", hint=RESTORE)
         while (expected := store.ledger.partitions.get(shard, slice_)).dirty:
             _erase_once(store, expected, lock)
-        lock.check()
         remove_merged(store, shard, slice_)
 
 
@@ -127,7 +127,9 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         # after the next preparation would leave rows on disk that the ledger expects no more.
         store.ledger.partitions.adopt_prepared(shard, slice_)
     on_disk = rows.membership
-    rows, keep_N = with_corrections(store, shard, slice_, rows, _survivors(store, rows)[0])
+    keep_N, _ = _survivors(store, rows)
+    remember_unseen(store, rows, ~keep_N)
+    rows, keep_N = with_corrections(store, shard, slice_, rows, keep_N)
     left = membership(rows.id_digests_N16[keep_N], rows.content_digests_N16[keep_N])
     store.ledger.partitions.prepare_erasure(
         shard,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sisa.errors import StaleError, StoreError, UserError
 from sisa.layout import is_held_out
@@ -107,13 +108,18 @@ def exclusions_digest(exclusions: Iterable[tuple[str, bytes]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _noted(request: str, exclusions: Collection[tuple[str, bytes]]) -> dict[str, object]:
+    counts = {each: sum(kind == each for kind, _ in exclusions) for each in get_args(Kind)}
+    return {"request": request, "excluded": counts, "exclusions": exclusions_digest(exclusions)}
+
+
 class Requests:
     """The tables of requests and exclusions."""
 
     def __init__(self, database: Database, versions: Versions) -> None:
         self._db = database
         self._versions = versions
-        self._known: tuple[int, dict[tuple[str, bytes], str]] = (-1, {})
+        self._known: tuple[tuple[Any, ...] | None, dict[tuple[str, bytes], str]] = (None, {})
 
     def accept(
         self,
@@ -189,6 +195,27 @@ class Requests:
                 [(w.request, w.shard, w.slice, w.records, w.membership) for w in waiting],
             )
             return self.get(identifier)
+
+    def found(self, records: Mapping[bytes, str]) -> None:
+        """Count and exclude, for the requests of their owners, records that nobody could see when these were accepted.
+
+        What is known by then changes nothing, so that this can be repeated. It belongs before the rows are erased.
+
+        Args:
+            records: By the keyed digest of a record, the request that excludes its owner.
+        """
+        with self._db.transaction():
+            known = self.excluded_by(("record", digest) for digest in records)
+            fresh = [(digest, request) for digest, request in records.items() if ("record", digest) not in known]
+            self._db.many("INSERT INTO exclusions VALUES ('record', ?, ?)", fresh)
+            for request, count in sorted(Counter(request for _, request in fresh).items()):
+                self._db.rows("UPDATE requests SET records = records + ? WHERE id = ?", (count, request))
+                self._db.note("records_found", records=self.get(request).records, **self._excluded(request))
+
+    def _excluded(self, request: str) -> dict[str, object]:
+        """What history notes of all that a request excludes."""
+        rows = self._db.rows("SELECT kind, digest FROM exclusions WHERE request = ?", (request,))
+        return _noted(request, {(row["kind"], bytes(row["digest"])) for row in rows})
 
     def waiting(self, shard: int, slice_: int) -> list[Waiting]:
         """Return what waits to be merged into a slice, oldest first."""
@@ -278,13 +305,11 @@ class Requests:
         self._db.note(
             "request_accepted",
             what=kind,
-            request=identifier,
             shards=sorted(tainted_from),
             subjects=len(owners),
             records=records,
-            excluded={each: sum(about == each for about, _ in fresh) for each in get_args(Kind)},
-            exclusions=exclusions_digest(fresh),
             unseen=sum(target.unseen for target in targets),
+            **_noted(identifier, fresh),
         )
         if tainted_from and version_before:  # before the first version nothing is in service
             number = self._versions.publish_fallback(tainted_from, request=identifier)
@@ -370,12 +395,13 @@ class Requests:
             return found
 
     def exclusions(self) -> dict[tuple[str, bytes], str]:
-        """Return every exclusion and the request that made it; read again only after a new request."""
+        """Return every exclusion and the request that made it; read again only after a new request, or more of one."""
         with self._db.snapshot():
-            number = self._db.newest_request()
-            if self._known[0] != number:
+            row = self._db.row("SELECT coalesce(max(number), 0), coalesce(sum(records), 0) FROM requests")
+            state = tuple(row) if row is not None else ()
+            if self._known[0] != state:
                 rows = self._db.rows("SELECT kind, digest, request FROM exclusions")
-                self._known = (number, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})
+                self._known = (state, {(r["kind"], bytes(r["digest"])): str(r["request"]) for r in rows})
             return self._known[1]
 
     def _request(self, row: Row) -> Request:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 
 from sisa.ledger import Request
 from sisa.ledger.database import COUNTERS
 from sisa.opening import OpenStore
-from sisa.proof.problems import guarded, stage_name
+from sisa.proof.problems import guarded, slice_name, stage_name
 from sisa.proof.requests import Noted, exclusion_faults, request_faults, unseen_targets
 
 _QUARANTINES = "SELECT number, request FROM versions WHERE cause = 'quarantine'"
@@ -21,12 +22,13 @@ _COUNTED = ("requests", "events")
 """Tables of which the ledger remembers the last number that it gave."""
 
 
-def check_history(store: OpenStore, *, survivors: int | None) -> list[str]:
+def check_history(store: OpenStore, *, survivors: int | None, lacking: Mapping[tuple[int, int], int]) -> list[str]:
     """Return what history and tables say differently.
 
     Args:
         store: The store.
         survivors: How many rows that nobody asked to delete lie in the store; None if some are unreadable.
+        lacking: Of each slice that has fewer rows than the ledger expects, how many are missing.
     """
     with store.ledger.database.snapshot():
         faults = guarded(partial(_gaps, store), "numbers")
@@ -36,14 +38,15 @@ def check_history(store: OpenStore, *, survivors: int | None) -> list[str]:
             return [*(f"history was edited: {fault}" for fault in faults), "history was edited: an event is unreadable"]
         requests = store.ledger.requests.all()
         for check, what in (
-            (partial(_ingest_faults, store, events, requests, survivors), "ingests"),
+            (partial(_ingest_faults, store, events, survivors), "ingests"),
             (partial(request_faults, events, requests), "requests"),
             (partial(_version_faults, store, events, requests), "versions"),
             (partial(_stage_faults, store, events), "stages"),
             (partial(exclusion_faults, store, events), "exclusions"),
         ):
             faults += guarded(check, what)
-    return [f"history was edited: {fault}" for fault in faults]
+        lost = guarded(partial(_lost_rows, store, events, requests, survivors, lacking), "rows")
+    return [*(f"history was edited: {fault}" for fault in faults), *lost]
 
 
 def _events(store: OpenStore) -> list[Noted]:
@@ -67,7 +70,7 @@ def _gaps(store: OpenStore) -> list[str]:
     return faults
 
 
-def _ingest_faults(store: OpenStore, events: list[Noted], requests: list[Request], survivors: int | None) -> list[str]:
+def _ingest_faults(store: OpenStore, events: list[Noted], survivors: int | None) -> list[str]:
     ingests = [event.detail.get("records") for event in events if event.kind == "ingested"]
     if len(ingests) != int(store.ledger.ingested):
         return [f"{len(ingests)} ingests are noted, expected {int(store.ledger.ingested)}"]
@@ -76,16 +79,45 @@ def _ingest_faults(store: OpenStore, events: list[Noted], requests: list[Request
         return ["the generations are not those whose addition is noted"]
     if survivors is None or not ingests:
         return []
-    remembered = sum(kind == "record" for kind, _ in store.ledger.requests.exclusions())
-    known, ingested = survivors + remembered, ingests[0]
-    if isinstance(ingested, int):
-        ingested += sum(generation.records for generation in store.ledger.generations.all())
-    if ingested == known:
+    ingested, remembered = _ingested(store, events), _remembered(store)
+    if ingested is not None and ingested >= survivors + remembered:
+        return []  # rows that are missing were lost: that is said without accusing anybody
+    came = ingests[0] if ingested is None else ingested
+    return [f"{came} records were ingested, but {survivors} are there and {remembered} are remembered as deleted"]
+
+
+def _lost_rows(
+    store: OpenStore,
+    events: list[Noted],
+    requests: list[Request],
+    survivors: int | None,
+    lacking: Mapping[tuple[int, int], int],
+) -> list[str]:
+    """Rows that came, are not there and are not remembered as deleted: a lost file explains it as well as an edit."""
+    ingested, remembered = _ingested(store, events), _remembered(store)
+    if survivors is None or ingested is None or ingested <= survivors + remembered:
         return []
     # Whose slice could not be read was deleted unseen: then fewer records are remembered than were erased.
-    if isinstance(ingested, int) and ingested > known and unseen_targets(store, events, requests):
+    if unseen_targets(store, events, requests):
         return []
-    return [f"{ingested} records were ingested, but {survivors} are there and {remembered} are remembered as deleted"]
+    missing = ingested - survivors - remembered
+    places = ", ".join(f"{count} of {slice_name(*place)}" for place, count in sorted(lacking.items()))
+    elsewhere = "" if sum(lacking.values()) == missing else "; the ledger doesn't say of which slice the others are"
+    where = f": {places}{elsewhere}" if places else "; the ledger doesn't say of which slice"
+    counted = f"{ingested} records were ingested, {survivors} are there, {remembered} are remembered as deleted"
+    return [f"{missing} rows are missing{where} ({counted})"]
+
+
+def _ingested(store: OpenStore, events: list[Noted]) -> int | None:
+    """Return how many records ever came; None if the history has no number of it."""
+    noted = [event.detail.get("records") for event in events if event.kind == "ingested"]
+    if len(noted) != 1 or not isinstance(noted[0], int):
+        return None
+    return noted[0] + sum(generation.records for generation in store.ledger.generations.all())
+
+
+def _remembered(store: OpenStore) -> int:
+    return sum(kind == "record" for kind, _ in store.ledger.requests.exclusions())
 
 
 def _version_faults(store: OpenStore, events: list[Noted], requests: list[Request]) -> list[str]:

@@ -24,6 +24,8 @@ class SliceRows:
     records: int
     excluded: int
     """How many of these are deleted people's."""
+    lacking: int
+    """How many more the ledger expects."""
     membership: str
 
 
@@ -45,8 +47,9 @@ def _check_slice(store: OpenStore, shard: int, slice_: int, found: dict[int, Sli
     """
     expected, rows = _read(store, shard, slice_)
     excluded = _excluded(store, rows)
-    found[slice_] = SliceRows(len(rows.table), excluded, rows.membership)
     faults = _uncounted(expected, rows)
+    lacking = max(expected.records - len(rows.table), 0) if faults else 0
+    found[slice_] = SliceRows(len(rows.table), excluded, lacking, rows.membership)
     exclusions = store.ledger.requests.exclusions().keys()
     old = superseded_rows(rows.table[RECORD], rows.content_digests_N16, exclusions, store.keys.exclusion)
     if old.any():

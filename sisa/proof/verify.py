@@ -90,19 +90,20 @@ def _check(store: OpenStore, result: Verification, reporter: Reporter) -> None:
     if not store.ledger.ingested:
         return  # said by then: the ledger expects no rows yet, whatever a killed ingest left
     expected: dict[tuple[int, int], ExpectedStage] = {}
-    rows: list[SliceRows | None] = []
+    rows: dict[tuple[int, int], SliceRows | None] = {}
     result.problems += guarded(partial(waiting_faults, store), "corrections")
     for shard in range(store.shards):
         problems, found = check_rows(store, shard)
         result.problems += problems
-        rows += found.values()
+        rows |= {(shard, slice_): held for slice_, held in found.items()}
         expected |= expected_chain(store, shard, found)
         reporter.advance(1)
     for shard in range(store.shards):
         result.problems += guarded(partial(_check_stages, store, shard, expected, result), f"shard {shard}")
         reporter.advance(1)
     result.problems += guarded(partial(check_versions, store, expected), "versions")
-    result.problems += check_history(store, survivors=_survivors(rows))
+    lacking = {place: held.lacking for place, held in rows.items() if held is not None and held.lacking}
+    result.problems += check_history(store, survivors=_survivors(list(rows.values())), lacking=lacking)
 
 
 def _check_stages(

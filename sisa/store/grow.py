@@ -29,7 +29,7 @@ from sisa.records.compare import Comparison
 from sisa.records.grow import Place, drop_excluded, grown_recipe, write_generation
 from sisa.records.scan import ScanReport
 from sisa.store.footing import require_same
-from sisa.store.launch import check_rows, excluder, expected_of, raise_first, superseder
+from sisa.store.launch import check_rows, compared, excluder, expected_of, raise_first, room_of
 from sisa.store.results import Addition
 from sisa.store.store import Store
 from sisa.training.footing import footing_here
@@ -96,32 +96,18 @@ def _examined(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> tuple[Sc
     Raises:
         UserError: Rows can't be used, are in the store already, or none is new.
     """
-    total = ingest.rows(recipe)
-    reporter.begin("checking the source", total)
+    reporter.begin("checking the source", ingest.rows(recipe))
     try:
         found = ingest.scan(
             recipe,
             routing_key=opened.keys.routing,
             excluded=excluder(opened),
-            scratch=opened.layout.root,
+            scratch=room_of(opened.layout),
             on_progress=reporter.advance,
         )
     finally:
         reporter.end()
-    reporter.begin("comparing the source with the store", total)
-    try:
-        against = ingest.compare(
-            recipe,
-            opened.layout,
-            routing_key=opened.keys.routing,
-            generations=opened.generations,
-            excluded=excluder(opened),
-            superseded=superseder(opened),
-            on_progress=reporter.advance,
-        )
-    finally:
-        reporter.end()
-    return found, _already(recipe.data.source, found, against)
+    return found, _already(recipe.data.source, found, compared(opened, recipe, reporter))
 
 
 def _already(source: str, found: ScanReport, against: Comparison) -> int:

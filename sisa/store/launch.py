@@ -28,7 +28,7 @@ from sisa.progress import Reporter, Silent
 from sisa.recipe import Recipe, difference, load_recipe, parse_recipe
 from sisa.records import ingest
 from sisa.records.arrivals import Excluded
-from sisa.records.compare import Superseded
+from sisa.records.compare import Comparison, Superseded
 from sisa.records.excluded import excluded_rows, superseded_rows
 from sisa.records.partition import read_partition
 from sisa.records.schema import resolve, undeclared_text
@@ -171,6 +171,11 @@ def superseder(opened: OpenStore) -> Superseded:
     return superseded
 
 
+def room_of(layout: Layout) -> Path:
+    """Return a folder that is there, on the file system that the store's folder is on or will be on."""
+    return next(folder for folder in (layout.root, *layout.root.absolute().parents) if folder.is_dir())
+
+
 def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter, layout: Layout) -> None:
     reporter.begin("checking the source", ingest.rows(resolved))
     try:
@@ -178,7 +183,7 @@ def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter, layou
             resolved,
             routing_key=key,
             undeclared_text=undeclared_text(asked, resolved),
-            scratch=next(folder for folder in (layout.root, *layout.root.absolute().parents) if folder.is_dir()),
+            scratch=room_of(layout),
             on_progress=reporter.advance,
         )
     finally:
@@ -229,12 +234,12 @@ def check_rows(opened: OpenStore) -> None:
                     raise rows_damage(opened, shard, expected.slice)
 
 
-def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
-    """Hold the source against the store; return how many stored rows it hasn't any more."""
-    reporter.begin("comparing the source with the store", ingest.rows(resolved))
+def compared(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> Comparison:
+    """Hold the recipe's source against the store."""
+    reporter.begin("comparing the source with the store", ingest.rows(recipe))
     try:
-        found = ingest.compare(
-            resolved,
+        return ingest.compare(
+            recipe,
             opened.layout,
             routing_key=opened.keys.routing,
             generations=opened.generations,
@@ -244,6 +249,11 @@ def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
         )
     finally:
         reporter.end()
+
+
+def _compare(opened: OpenStore, resolved: Recipe, reporter: Reporter) -> int:
+    """Hold the source against the store; return how many stored rows it hasn't any more."""
+    found = compared(opened, resolved, reporter)
     if not found.clean:
         raise UserError(
             f"data.source has {found.new} new and {found.changed} changed records against the store; "

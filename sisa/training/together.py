@@ -14,7 +14,6 @@ import os
 import selectors
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from sisa.learners.shared import ALONE
 from sisa.recipe import Recipe, dump_recipe
 from sisa.state import StageState, full_digest
 from sisa.training.group import Group, LostError
+from sisa.training.meeting import meeting_folder
 from sisa.training.stage import Stopped, TrainingError, train_stage
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ class Together:
         self._size = recipe.workers.devices_per_shard
         self._undo = contextlib.ExitStack()
         self._peers: list[_Peer] = []
-        self._folder = Path()
 
     def close(self) -> None:
         """End the other processes."""
@@ -91,19 +90,29 @@ class Together:
             UserError: They ended in different states, or what :func:`sisa.training.stage.train_stage` raises.
         """
         self._start()
-        meeting = self._folder / f"meeting-{stage}"
-        for peer in self._peers:
-            request = {**told, "stage": stage, "rank": peer.rank, "size": self._size, "meeting": str(meeting)}
-            _tell(peer, json.dumps(request) + "\n")
-        _wait_until_ready(self._peers, should_stop)
-        try:
+        with contextlib.ExitStack() as until_met:
+            meeting = until_met.enter_context(meeting_folder()) / "addresses"
             for peer in self._peers:
-                _tell(peer, GO)
-            group = Group(meeting, rank=0, size=self._size, device=self._recipe.training.device)
-            state = train_stage(should_stop=should_stop, stage=stage, shard=shard, group=group, **arguments)
-            same = group.agree(full_digest(state))
-        except LostError as error:
-            raise _last_words(self._peers, shard) from error
+                request = {**told, "stage": stage, "rank": peer.rank, "size": self._size, "meeting": str(meeting)}
+                _tell(peer, json.dumps(request) + "\n")
+            _wait_until_ready(self._peers, should_stop)
+            group: Group | None = None
+            try:
+                for peer in self._peers:
+                    _tell(peer, GO)
+                device = self._recipe.training.device
+                group = Group(meeting, rank=0, size=self._size, device=device, should_stop=should_stop)
+                if group.met:
+                    until_met.close()
+                state = train_stage(should_stop=should_stop, stage=stage, shard=shard, group=group, **arguments)
+                same = group.agree(full_digest(state))
+            except LostError as error:
+                raise _last_words(self._peers, shard) from error
+            except BaseException:
+                self.close()  # whoever stands still is ended too, and with it what we wait for
+                if group is not None:
+                    group.abandon()
+                raise
         if not same:
             raise UserError(
                 f"workers.devices_per_shard: the processes that trained stage {stage} of shard {shard} ended in "
@@ -115,7 +124,6 @@ class Together:
     def _start(self) -> None:
         if self._peers:
             return
-        self._folder = Path(self._undo.enter_context(tempfile.TemporaryDirectory(prefix="sisa-group-")))
         for rank in range(1, self._size):
             peer = _started(rank, self._recipe.training.device)
             self._undo.callback(_ended, peer)
