@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sisa.errors import StoreError, UserError
@@ -52,6 +52,9 @@ RECIPE_KEY = "recipe.yaml"
 RECORDS_KEY = "records"
 CHECKPOINTS_KEY = "checkpoints"
 SCRATCH_KEY = "scratch"
+INCOMING_KEY = "incoming"
+"""Below it lies a mark of whoever is adding or correcting rows."""
+CORRECTIONS_KEY = "corrections"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Layout:
     remote: str = ""
     """The URI of a store in object storage."""
     ledger_name: str = "ledger.db"
+    within: str = ""
+    """Prefix of the store's storage, with a slash at its end, below which its records lie."""
 
     @classmethod
     def at(cls, uri: str | Path, *, ledger: str | None = None) -> Layout:
@@ -162,17 +167,25 @@ class Layout:
 
     @property
     def incoming(self) -> Path:
-        """There while rows are being added or corrected; whoever finds it and nobody at work cleans up."""
-        return self.root / "incoming"
+        """A folder that is there while rows are being added or corrected, and where they are spooled.
+
+        Of a store in object storage on a local disk, and for moments only: what says there that somebody is at work is
+        an object.
+        """
+        return self.root / INCOMING_KEY
 
     @property
     def corrections(self) -> Path:
-        """Corrected rows between the acceptance of a request, after which their folder is called, and their merging."""
-        return self.root / "corrections"
+        """Corrected rows of a local store, in folders called after their requests, until they are merged."""
+        return self._local(CORRECTIONS_KEY)
+
+    def correction_key(self, request: str) -> str:
+        """The prefix below which the rows of one correction wait."""
+        return f"{CORRECTIONS_KEY}/{request}"
 
     def correction(self, request: str) -> Layout:
         """Where the rows of one correction wait, in partitions as they are in a store."""
-        return Layout(self.corrections / request)
+        return replace(self, within=f"{self.correction_key(request)}/")
 
     @property
     def scratch(self) -> Path:
@@ -194,11 +207,12 @@ class Layout:
 
     def partition_key(self, shard: int, slice_: int) -> str:
         """The prefix of the rows of one slice; 0 is this shard's part of the holdout, -g what generation g added."""
+        records = f"{self.within}{RECORDS_KEY}"
         if slice_ < HOLDOUT_SLICE:
-            return f"{RECORDS_KEY}/holdout/generation={-slice_:02d}/shard={shard:04d}"
+            return f"{records}/holdout/generation={-slice_:02d}/shard={shard:04d}"
         if slice_ == HOLDOUT_SLICE:
-            return f"{RECORDS_KEY}/holdout/shard={shard:04d}"
-        return f"{RECORDS_KEY}/shard={shard:04d}/slice={slice_:02d}"
+            return f"{records}/holdout/shard={shard:04d}"
+        return f"{records}/shard={shard:04d}/slice={slice_:02d}"
 
     def lock(self, name: str) -> Path:
         """The lock file called ``name``."""

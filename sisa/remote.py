@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Final
 
 from sisa.errors import DamagedError, RecipeError, StoreError, UserError
-from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY, Layout
+from sisa.layout import (
+    CHECKPOINTS_KEY,
+    CORRECTIONS_KEY,
+    INCOMING_KEY,
+    RECIPE_KEY,
+    RECORDS_KEY,
+    SCRATCH_KEY,
+    Layout,
+)
 from sisa.recipe import Recipe, RoutingSpec, dump_recipe, read_recipe
 from sisa.routing.keys import StoreKeys, parse_key
 from sisa.storage import is_remote, local_path, object_storage_at, parse_address
 
-KEYS: Final = frozenset({RECIPE_KEY, RECORDS_KEY, CHECKPOINTS_KEY, SCRATCH_KEY, "audit"})
+KEYS: Final = frozenset({RECIPE_KEY, RECORDS_KEY, CHECKPOINTS_KEY, SCRATCH_KEY, INCOMING_KEY, CORRECTIONS_KEY, "audit"})
 """What a key of a store may begin with."""
 _CLAIM = "# claim: "
 _MAKE_KEY = "Make one with: (umask 077; openssl rand -hex 32 > exclusion.key)"
@@ -109,7 +117,8 @@ def check_vacant(layout: Layout) -> None:
 
 def is_beside(layout: Layout, name: str) -> bool:
     """Say whether ``name`` may lie in the folder of the ledger."""
-    return name in {layout.ledger_name, f"{layout.ledger_name}-journal", "locks"} or name.startswith("tmp-")
+    parts = {layout.ledger_name, f"{layout.ledger_name}-journal", "locks", layout.incoming.name}
+    return name in parts or name.startswith("tmp-")
 
 
 def probe(layout: Layout) -> None:

@@ -1,6 +1,6 @@
 """Corrected rows on their way into their slices.
 
-They wait in a folder that is called after their request, in partitions like a store's, from before the acceptance on.
+They wait below a prefix that is called after their request, in partitions like a store's, from before the acceptance on.
 A slice that a correction touches is dirty, and is rewritten as after a deletion: without what is excluded (people,
 records, and what was superseded), and with the rows that wait for it, unless they are excluded by now. When it is
 clean, what waited for it is removed. Each step can be repeated: a row that is merged already isn't merged again.
@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sisa.files import remove, sweep_temporary
 from sisa.ledger import Request, Waiting
 from sisa.lineage import membership
 from sisa.opening import OpenStore
@@ -83,14 +82,14 @@ def remove_merged(store: OpenStore, shard: int, slice_: int) -> None:
             return
         merged = store.ledger.requests.merged(shard, slice_)
     for request in merged:
-        place = store.layout.correction(request.id).partition(shard, slice_)
-        if place.exists():
-            remove(place)
-        sweep_temporary(place.parent)  # half-removed by somebody who was killed
+        place = store.layout.correction(request.id).partition_key(shard, slice_)
+        store.layout.storage.remove_all(place)
+        store.layout.storage.sweep_beside(place)  # half-removed by somebody who was killed
 
 
 def remove_correction(store: OpenStore, request: Request) -> None:
-    """Remove the folder of a correction of which every row is merged."""
-    if request.kind == "correction" and store.layout.corrections.is_dir():
-        remove(store.layout.correction(request.id).root)
-        sweep_temporary(store.layout.corrections)
+    """Remove what waited because of a correction of which every row is merged."""
+    if request.kind == "correction":
+        place = store.layout.correction_key(request.id)
+        store.layout.storage.remove_all(place)
+        store.layout.storage.sweep_beside(place)

@@ -67,7 +67,7 @@ def bring_up(
         held: The operation lock; nothing is published once it is lost.
     """
     remove_replays(store)  # killed ones: a running one would hold our lock
-    sweep_incoming(store, reporter)
+    sweep_incoming(store, reporter, thorough=heal)
     result = Repair(version=store.ledger.versions.live_number())
     if shards is None and not result.version:
         return result

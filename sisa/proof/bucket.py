@@ -9,15 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from sisa.checkpoints.manifest import parse_shard
 from sisa.checkpoints.objects import ObjectCheckpoints
+from sisa.checkpoints.snapshots import parse_snapshot
 from sisa.files import TEMPORARY
-from sisa.layout import CHECKPOINTS_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY
+from sisa.layout import CHECKPOINTS_KEY, CORRECTIONS_KEY, INCOMING_KEY, RECIPE_KEY, RECORDS_KEY, SCRATCH_KEY
+from sisa.ledger import STATES
 from sisa.opening import OpenStore
 from sisa.records.partition import stray_keys
 from sisa.remote import is_beside, open_to_all, recipe_text
 
 LEFT = "left by a command that was killed; `sisa repair` removes it"
+SNAPSHOT = (
+    "a recovery snapshot of a training that was killed; `sisa repair` or `sisa train` goes on from it or removes it"
+)
+SNAPSHOT_PARTS = 3
+"""Names in the prefix of a snapshot."""
 FOLDERS = (f"{RECORDS_KEY}/", f"{CHECKPOINTS_KEY}/")
+KILLED = frozenset({SCRATCH_KEY, INCOMING_KEY, CORRECTIONS_KEY})
+"""Where only something at work has objects."""
 NOBODYS = "nobody answers for this object"
 
 
@@ -41,7 +51,7 @@ def check_beside(store: OpenStore) -> list[str]:
     layout = store.layout
     problems = []
     for path in sorted(layout.root.iterdir()) if layout.root.is_dir() else []:
-        if path.name.startswith(TEMPORARY):
+        if path.name.startswith(TEMPORARY) or path == layout.incoming:
             problems.append(f"{path.name} beside the ledger: {LEFT}")
         elif not is_beside(layout, path.name):
             problems.append(f"{path.name} beside the ledger: nobody answers for this")
@@ -54,16 +64,26 @@ def check_beside(store: OpenStore) -> list[str]:
 
 
 def _strays(store: OpenStore) -> Iterator[tuple[str, str]]:
+    open_ = [r for r in store.ledger.requests.open() if r.kind == "correction" and r.state == STATES[0]]
+    expected = (*FOLDERS, *(f"{store.layout.correction_key(request.id)}/{RECORDS_KEY}/" for request in open_))
+    incoming = False
     for key in store.layout.storage.keys(""):
         part = key.split("/")[0]
-        if part == SCRATCH_KEY:
-            yield key, LEFT
-        elif key != RECIPE_KEY and not key.startswith(FOLDERS):
-            yield key, NOBODYS
+        incoming |= part == INCOMING_KEY
+        if key == RECIPE_KEY or key.startswith(expected):
+            continue
+        yield key, LEFT if part in KILLED else NOBODYS
     for key in stray_keys(store.layout, store.shards, store.slices, generations=store.generations):
-        yield key, "unknown file among the records"
-    for key in _checkpoints(store).strays():
-        yield key, NOBODYS
+        yield key, f"{'unfinished' if incoming else 'unknown'} file among the records"
+    for key in sorted({_snapshot_of(key) or key for key in _checkpoints(store).strays()}):
+        yield key, SNAPSHOT if _snapshot_of(key) else NOBODYS
+
+
+def _snapshot_of(key: str) -> str:
+    """Return the prefix of the recovery snapshot that an object is a part of, "" if it is of none."""
+    parts = key.split("/")
+    shard = parse_shard(parts[1]) if len(parts) >= SNAPSHOT_PARTS else None
+    return "/".join(parts[:SNAPSHOT_PARTS]) if shard is not None and parse_snapshot(shard, parts[2]) else ""
 
 
 def _checkpoints(store: OpenStore) -> ObjectCheckpoints:

@@ -19,7 +19,7 @@ from sisa.files import TEMPORARY
 from sisa.ledger import STATES
 from sisa.ledger.sqlite import SqliteDatabase
 from sisa.opening import PARTS, OpenStore
-from sisa.proof.bucket import check_beside, check_bucket
+from sisa.proof.bucket import SNAPSHOT, check_beside, check_bucket
 from sisa.proof.journal import is_ignored_journal
 from sisa.recipe import dump_recipe
 from sisa.records.partition import stray_files
@@ -85,7 +85,7 @@ def _left_behind(store: OpenStore, path: Path) -> str:
         left = path.parent in swept and path.name.startswith(TEMPORARY)
         shard = parse_shard(path.parent.name)
         if shard is not None and path.parent.parent == checkpoints and parse_snapshot(shard, path.name):
-            return "a recovery snapshot of a training that was killed; `sisa repair` or `sisa train` goes on from it or removes it"
+            return SNAPSHOT
     goes_on = "sisa repair" if store.ledger.ingested else "sisa train"
     return f"left by a command that was killed; `{goes_on}` removes it" if left else ""
 

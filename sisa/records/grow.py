@@ -2,23 +2,23 @@
 
 A generation is slice R+g of each shard, and -g for its held-out rows: what is there already isn't touched. The files
 are written durably to the places that they keep. Until the ledger has the generation they mean nothing, and what a
-killed attempt left of them is swept by whoever finds the folder ``incoming``, which is made first and removed last.
+killed attempt left of them is swept by whoever finds the mark below ``incoming``, which is made first and removed last.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from sisa.files import make_folder, remove, replacing, sweep_temporary
+from sisa.files import make_folder
 from sisa.layout import HOLDOUT_SLICE, Layout, held_out_of
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Excluded, Intake, Progress, arrivals
 from sisa.records.names import RECORD, SUBJECT
-from sisa.records.partition import partition_file, read_partition, rewrite_partition, write_rows
+from sisa.records.partition import partition_key, read_partition, rewrite_partition, write_rows
 from sisa.records.schema import check_fits
 from sisa.records.source import open_source
 from sisa.records.write import BUDGET_BYTES, PartitionCount, Spool, Told, gather
@@ -27,6 +27,8 @@ from sisa.routing.router import Router
 
 HELD_OUT, TRAINED = 0, 1
 """Places of a generation within one shard, while its rows are sorted."""
+PLACE_PARTS = 3
+"""Names in the prefix of a slice, and in that of all held-out rows of a generation."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ def write_generation(
     routing_key: bytes,
     excluded: Excluded,
     on_progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> list[PartitionCount]:
-    """Write the rows of a generation to where they will lie; hold the lock of what is incoming.
+    """Write the rows of a generation to where they will lie; hold the lock of what is incoming, and set its mark.
 
     Scan the source and compare it with the store before: this trusts it.
 
@@ -76,6 +79,7 @@ def write_generation(
         routing_key: The store's.
         excluded: Marks the rows of deleted people, which are never written.
         on_progress: Told how many more rows are done.
+        check: Called before each file gets its name; raises if the lock is lost.
         budget_bytes: Memory for rows that wait to be sorted.
 
     Returns:
@@ -102,26 +106,30 @@ def write_generation(
         for keys in (shard_keys(routing_key, shard) for shard in range(router.shards)):
             for kind in (HELD_OUT, TRAINED):
                 slice_ = place.slice_of(kind)
-                write_to = _writer(layout, keys.shard, slice_)
+                write_to = _writer(layout, keys.shard, slice_, check)
                 count = gather(spool, recipe, keys, slice_=kind, write_to=write_to, told=told)
                 counts.append(replace(count, slice=slice_))
     told.end()
     return counts
 
 
-def _writer(layout: Layout, shard: int, slice_: int) -> Callable[[Iterator[pa.Table]], None]:
-    path = partition_file(layout, shard, slice_)
-
+def _writer(layout: Layout, shard: int, slice_: int, check: Callable[[], None]) -> Callable[[Iterator[pa.Table]], None]:
     def write_to(pieces: Iterator[pa.Table]) -> None:
-        make_folder(path.parent)
-        with replacing(path) as scratch:
-            write_rows(scratch, pieces)
+        with layout.storage.writing(partition_key(layout, shard, slice_)) as stream:
+            write_rows(stream, pieces)
+            check()  # else these may be a place of somebody else's rows by now
 
     return write_to
 
 
 def drop_excluded(
-    recipe: Recipe, layout: Layout, counts: list[PartitionCount], *, routing_key: bytes, excluded: Excluded
+    recipe: Recipe,
+    layout: Layout,
+    counts: list[PartitionCount],
+    *,
+    routing_key: bytes,
+    excluded: Excluded,
+    check: Callable[[], None] = lambda: None,
 ) -> list[PartitionCount]:
     """Rewrite what was written without people who were deleted since; return what is left.
 
@@ -134,21 +142,28 @@ def drop_excluded(
         rows = read_partition(layout, recipe, keys, count.shard, count.slice)
         keep_N = ~excluded(rows.table[RECORD], rows.table[SUBJECT])
         if not keep_N.all():
+            check()
             rewrite_partition(layout, count.shard, count.slice, keep_N, rows)
             rows = read_partition(layout, recipe, keys, count.shard, count.slice)
         left.append(PartitionCount(count.shard, count.slice, len(rows.table), rows.membership))
     return left
 
 
-def sweep_generation(layout: Layout, place: Place, *, shards: int) -> None:
+def sweep_generation(layout: Layout, place: Place, *, shards: int, there: Iterable[str]) -> None:
     """Remove what a killed attempt left of a generation; hold the lock of what is incoming.
 
     Void for a generation that the ledger has: these would be its rows.
+
+    Args:
+        layout: The store.
+        place: Where the generation would go.
+        shards: Number of shards.
+        there: All that lies among the records, in any form.
     """
-    holdout = layout.partition(0, place.slice_of(HELD_OUT)).parent
-    for folder in [holdout, *(layout.partition(shard, place.slice_of(TRAINED)) for shard in range(shards))]:
-        if folder.exists():
-            remove(folder)
-        sweep_temporary(folder.parent)  # half-removed by somebody who was killed
-    if layout.incoming.exists():
-        remove(layout.incoming)
+    held_out = layout.partition_key(0, place.slice_of(HELD_OUT)).rpartition("/")[0]
+    prefixes = [held_out, *(layout.partition_key(shard, place.slice_of(TRAINED)) for shard in range(shards))]
+    found = {"/".join(key.split("/")[:PLACE_PARTS]) for key in there}
+    for prefix in prefixes:
+        if prefix in found:
+            layout.storage.remove_all(prefix)
+        layout.storage.sweep_beside(prefix)  # half-removed by somebody who was killed

@@ -14,6 +14,7 @@ three times, one partition's piece of a run, and 32 bytes a record of the partit
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +188,7 @@ class Told:
 
 
 class Spool:
-    """Rows on their way, sorted by partition in runs on disk."""
+    """Rows on their way, sorted by partition in runs on disk: files without a name, in an existing folder."""
 
     def __init__(self, folder: Path, *, slices: int, budget_bytes: int) -> None:
         self._folder = folder
@@ -223,12 +224,15 @@ class Spool:
         table = table.take(pa.array(order)).combine_chunks()
         code_N = code_N[order]
         starts = np.flatnonzero(np.diff(code_N, prepend=-1))
-        path = self._folder / f"run-{len(self._runs):05d}.arrow"
-        with paipc.new_file(path, table.schema) as writer:
+        # Without a name: when this process ends, however it ends, nobody's rows are left.
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - closed by close
+        self._open.push(file)
+        with paipc.new_file(file, table.schema) as writer:
             for index, (start, end) in enumerate(zip(starts, [*starts[1:], len(code_N)], strict=True)):
                 self._places[int(code_N[start])].append((len(self._runs), index))
                 writer.write_batch(table.slice(start, end - start).to_batches()[0])
-        stream = self._open.enter_context(pa.OSFile(str(path)))
+        file.flush()
+        stream = self._open.enter_context(pa.OSFile(f"/proc/self/fd/{file.fileno()}"))
         self._runs.append(self._open.enter_context(paipc.open_file(stream)))
 
     def holds(self, shard: int, slice_: int) -> bool:

@@ -76,6 +76,14 @@ class LocalStorage:
         with replacing(target) as scratch:
             shutil.copyfile(path, scratch)
 
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[BinaryIO]:
+        """Yield a file that replaces the one at ``key`` in the end."""
+        path = self.path(key)
+        make_folder(path.parent)
+        with replacing(path) as scratch, scratch.open("w+b") as stream:
+            yield stream
+
     def put_new(self, key: str, content: bytes | memoryview) -> bool:
         """Make the file at ``key`` if there is none; return whether it was made."""
         path = self.path(key)
@@ -88,6 +96,13 @@ class LocalStorage:
         for folder, folders, names in os.walk(self.folder(prefix)):
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
             found += [self._key(Path(folder, name)) for name in names if not name.startswith(TEMPORARY)]
+        return sorted(found)
+
+    def there(self, prefix: str) -> list[str]:
+        """Return every file and folder below ``prefix``, sorted."""
+        found: list[str] = []
+        for folder, folders, names in os.walk(self.folder(prefix)):
+            found += [self._key(Path(folder, name)) for name in [*folders, *names]]
         return sorted(found)
 
     def remove(self, key: str) -> None:
@@ -104,6 +119,10 @@ class LocalStorage:
         path = self.folder(prefix)
         if os.path.lexists(path):
             remove(path)
+
+    def sweep_beside(self, prefix: str) -> None:
+        """Remove what is called unfinished in the folder around ``prefix``: a removal renames first."""
+        sweep_temporary(self.path(prefix).parent)
 
     def sweep(self, prefix: str) -> None:
         """Remove what is called unfinished directly in the folder ``prefix``, or beside what may be a file."""

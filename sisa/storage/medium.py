@@ -60,6 +60,13 @@ class Storage(Protocol):
         """Replace whatever lies at ``key`` by the content of a file, which is read in pieces."""
         ...
 
+    def writing(self, key: str) -> AbstractContextManager[BinaryIO]:
+        """Yield a stream that can seek; what was written to it replaces whatever lies at ``key`` at the end.
+
+        An error on the way leaves what lies there.
+        """
+        ...
+
     def put_new(self, key: str, content: bytes | memoryview) -> bool:
         """Put ``content`` at ``key`` if nothing lies there; return whether it did. Of many at once, one does."""
         ...
@@ -68,12 +75,23 @@ class Storage(Protocol):
         """Return the keys below ``prefix`` ("" for all), sorted, but for those that are called unfinished."""
         ...
 
+    def there(self, prefix: str) -> list[str]:
+        """Return what lies below ``prefix`` in any form, sorted: keys, unfinished and hidden ones too; and folders."""
+        ...
+
     def remove(self, key: str) -> None:
         """Erase what lies at ``key``; nothing happens if nothing does."""
         ...
 
     def remove_all(self, prefix: str) -> None:
         """Erase everything below ``prefix``, unfinished or not; nothing happens if nothing is there."""
+        ...
+
+    def sweep_beside(self, prefix: str) -> None:
+        """Erase what a killed :meth:`remove_all` of ``prefix`` may have left.
+
+        Nothing else may be unfinished in the folder that ``prefix`` lies in.
+        """
         ...
 
     def sweep(self, prefix: str) -> None:

@@ -179,6 +179,13 @@ class ObjectStorage:
         """Replace the object at ``key`` by the content of a file."""
         self._replace(key, lambda: path)
 
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[BinaryIO]:
+        """Yield a stream in memory, whose content replaces the object at ``key`` in the end."""
+        stream = io.BytesIO()
+        yield stream
+        self.put(key, stream.getbuffer())
+
     def _replace(self, key: str, content: Callable[[], Any]) -> None:
         with self.told("write", checked(key)):
             done = obstore.put(self.objects, key, content(), chunk_size=PART_BYTES)
@@ -202,6 +209,12 @@ class ObjectStorage:
             found = obstore.list(self.objects, prefix or None, chunk_size=1000).collect()
         return sorted(item["path"] for item in found if not _is_unfinished(item["path"]))
 
+    def there(self, prefix: str) -> list[str]:
+        """Return every key below ``prefix`` of which the bucket keeps anything, sorted."""
+        below = self.address.below(prefix)
+        found = {version.key for version in self.versions.all(below)}
+        return sorted(self._short(key) for key in found | {key for key, _ in self.versions.uploads(below)})
+
     def remove(self, key: str) -> None:
         """Erase every version of ``key``."""
         key = self.address.key(checked(key))
@@ -213,6 +226,9 @@ class ObjectStorage:
         below = self.address.below(prefix)
         self.versions.abort_uploads(below)
         self.versions.erase_all(below)
+
+    def sweep_beside(self, prefix: str) -> None:
+        """Nothing: what a killed removal left has kept its key, and goes when it is removed again."""
 
     def sweep(self, prefix: str) -> None:
         """Erase older versions, delete markers and unfinished things below ``prefix``."""

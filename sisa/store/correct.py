@@ -1,7 +1,7 @@
 """Corrections (GDPR, Article 16): rows that are in the store get new content.
 
 In order: every row of the table is looked up, and everything that can be refused is refused; the new rows are written
-to a folder that waits for them; one ledger transaction accepts the request, which excludes what the rows said, and takes
+to a place where they wait; one ledger transaction accepts the request, which excludes what the rows said, and takes
 every stage that saw it out of service, as for a deletion; then slices are rewritten, stages purged and trained.
 
 Killed before the transaction nothing has happened. Killed after it, whatever settles requests goes on.
@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from sisa.coordination import Held
 from sisa.deletion.accept import Accepted, check_reason, ids_of
 from sisa.deletion.confirm import await_replicas
-from sisa.deletion.incoming import sweep_held
+from sisa.deletion.incoming import begin_incoming, end_incoming, is_incoming, sweep_held
 from sisa.deletion.settle import settle, settle_all
 from sisa.errors import SisaError, StaleError, StoreError, UserError
 from sisa.execution.options import Execution
-from sisa.files import make_folder, remove
 from sisa.ledger import STATES, Request, Target, Waiting
 from sisa.lineage import membership
 from sisa.opening import OpenStore, key_check
@@ -69,11 +69,6 @@ def correct(
     """
     started = time.monotonic()
     opened = store.opened
-    if opened.layout.remote:
-        raise UserError(
-            "--store: correcting a store in object storage is not supported yet; nothing was changed",
-            hint="Delete the row, and keep a store that is to be corrected in a folder.",
-        )
     if not opened.ledger.ingested:
         raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
     check_reason(reason)
@@ -137,18 +132,18 @@ def _accepted(opened: OpenStore, recipe: Recipe, reason: str) -> tuple[Request |
     """
     ledger = opened.ledger
     with opened.incoming_lock().held() as lock:
-        sweep_held(opened, lock)  # what a killed addition or correction left
+        if is_incoming(opened):
+            sweep_held(opened, lock)  # what a killed addition or correction left
         newest, generations = ledger.database.newest_request(), opened.generations
-        table = _rows_of(opened, recipe)
-        found = _looked_up(opened, table)
+        found = _looked_up(opened, _rows_of(opened, recipe))
         if not found.targets:
             return None, found.unchanged
-        identifier = f"cor-{secrets.token_hex(8)}"
-        make_folder(opened.layout.incoming)
+        mark = begin_incoming(opened)
         try:
-            for (shard, slice_), rows in found.new.items():
-                everything_N = np.ones(rows.table.num_rows, np.bool_)
-                rewrite_partition(opened.layout.correction(identifier), shard, slice_, everything_N, rows)
+            if ledger.database.newest_request() != newest:  # whose rows were erased before they could see the mark
+                raise StaleError("somebody else asked for something meanwhile")
+            identifier = f"cor-{secrets.token_hex(8)}"
+            _write_waiting(opened, identifier, found, lock)
             request = ledger.requests.accept_correction(
                 identifier,
                 found.targets,
@@ -166,8 +161,16 @@ def _accepted(opened: OpenStore, recipe: Recipe, reason: str) -> tuple[Request |
             with contextlib.suppress(SisaError):  # who lost the lock, or the ledger, leaves it to the next
                 sweep_held(opened, lock)
             raise
-        remove(opened.layout.incoming)
+        end_incoming(opened, mark)
     return request, found.unchanged
+
+
+def _write_waiting(opened: OpenStore, request: str, found: _Found, lock: Held) -> None:
+    """Write the new rows to where they wait for their slices."""
+    for (shard, slice_), rows in found.new.items():
+        lock.check()
+        everything_N = np.ones(rows.table.num_rows, np.bool_)
+        rewrite_partition(opened.layout.correction(request), shard, slice_, everything_N, rows)
 
 
 def _rows_of(opened: OpenStore, recipe: Recipe) -> pa.Table:

@@ -15,12 +15,11 @@ import time
 from collections.abc import Sequence
 
 from sisa.coordination import Held
-from sisa.deletion.incoming import next_place, sweep_held
+from sisa.deletion.incoming import begin_incoming, end_incoming, next_place, sweep_held
 from sisa.deletion.repair import bring_up
 from sisa.deletion.settle import settle_all
 from sisa.errors import SisaError, StoreError, UserError
 from sisa.execution.options import Execution
-from sisa.files import remove
 from sisa.layout import is_held_out
 from sisa.ledger import Partition
 from sisa.opening import OpenStore
@@ -50,11 +49,6 @@ def add(store: Store, source: str, *, defer: bool, execution: Execution, reporte
     """
     started = time.monotonic()
     opened = store.opened
-    if opened.layout.remote:
-        raise UserError(
-            "--store: adding to a store in object storage is not supported yet; nothing was changed",
-            hint="Keep a store that grows in a folder.",
-        )
     if not opened.ledger.ingested:
         raise StoreError("the store holds no records yet: its ingest has not ended", hint="Run `sisa train`.")
     execution.check()
@@ -163,15 +157,15 @@ def _published(opened: OpenStore, recipe: Recipe, reporter: Reporter) -> int:
         UserError: Everybody in the table was deleted meanwhile.
     """
     with opened.incoming_lock().held() as lock:
-        sweep_held(opened, lock)  # what a killed attempt left
-        place = next_place(opened)
+        sweep_held(opened, lock)  # what a killed attempt left, or one that had lost its lock
+        place, mark = next_place(opened), begin_incoming(opened)
         try:
             _publish(opened, recipe, place, reporter, lock)
         except BaseException:
             with contextlib.suppress(SisaError):  # who lost the lock, or the ledger, leaves it to the next
                 sweep_held(opened, lock)
             raise
-        remove(opened.layout.incoming)
+        end_incoming(opened, mark)
     return place.generation
 
 
@@ -187,6 +181,7 @@ def _publish(opened: OpenStore, recipe: Recipe, place: Place, reporter: Reporter
             routing_key=routing_key,
             excluded=excluder(opened),
             on_progress=reporter.advance,
+            check=lock.check,
         )
     finally:
         reporter.end()
@@ -196,7 +191,9 @@ def _publish(opened: OpenStore, recipe: Recipe, place: Place, reporter: Reporter
         ):
             lock.check()
             newest = ledger.database.newest_request()
-            counts = drop_excluded(recipe, opened.layout, counts, routing_key=routing_key, excluded=excluder(opened))
+            counts = drop_excluded(
+                recipe, opened.layout, counts, routing_key=routing_key, excluded=excluder(opened), check=lock.check
+            )
             if not any(count.records for count in counts):
                 raise UserError(
                     "everybody in the table was deleted meanwhile; nothing was changed",
