@@ -302,7 +302,7 @@ class Model:
         return words
 
 
-def draw(model: Model, seed: str, folder: Path, medium: Medium) -> list[Plan]:
+def draw(model: Model, seed: str, folder: Path, place: Place) -> list[Plan]:
     """What the processes of one round do: three delete, and one may do something else."""
     rng = random.Random(seed)
     everyone = sorted({row.person for row in model.rows.values()})
@@ -318,13 +318,13 @@ def draw(model: Model, seed: str, folder: Path, medium: Medium) -> list[Plan]:
         name = f"{seed}.{process}"
         asks = [_deletion(model, rng, name, hot, pool)] if process < DELETERS else []
         if not asks or rng.random() < 0.25:
-            asks.append(_anything(model, rng, f"{name}b", folder, medium.commands))
+            asks.append(_anything(model, rng, f"{name}b", folder))
         deletes = process < DELETERS
         fate = rng.choices(
             ["", "killed", "frozen", "buried", "moment"], [9, 5, 1, 1, 3] if deletes else [5, 7, 1, 1, 1]
         )[0]
-        step = int(medium.place.steps * rng.random() ** (1.5 if deletes else 2.5))
-        moment_s, restless = rng.random() * medium.place.moment_s, rng.random() < 0.3
+        step = int(place.steps * rng.random() ** (1.5 if deletes else 2.5))
+        moment_s, restless = rng.random() * place.moment_s, rng.random() < 0.3
         within_s = rng.choice([0.0, WITHIN_S * rng.random()])
         plans.append(Plan(tuple(asks), name, fate, step, moment_s, within_s, restless))
     for plan in plans:
@@ -353,8 +353,8 @@ def _deletion(model: Model, rng: random.Random, name: str, hot: list[str], pool:
     return Ask(name, "delete", tuple(dict.fromkeys(people)), defer=defer)
 
 
-def _anything(model: Model, rng: random.Random, name: str, folder: Path, commands: dict[str, int]) -> Ask:
-    what = rng.choices(list(commands), list(commands.values()))[0]
+def _anything(model: Model, rng: random.Random, name: str, folder: Path) -> Ask:
+    what = rng.choices(["repair", "correct", "train", "add", "verify"], [4, 4, 2, 2, 1])[0]
     defer = rng.random() < 0.4
     if what == "add":
         generation = rng.choice([max(1, model.generations), min(GENERATIONS, model.generations + 1)])

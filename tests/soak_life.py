@@ -88,7 +88,7 @@ class Life:
 
     def round(self, seed: str) -> None:
         rng = random.Random(f"{seed} round")
-        plans = soak.draw(self.model, seed, self.folder, self.medium)
+        plans = soak.draw(self.model, seed, self.folder, self.medium.place)
         self.story += [f"{plan.seed}: {plan}" for plan in plans]
         outage = rng.random() * self.medium.place.moment_s if self.server and rng.random() < 0.2 else None
         self.calm &= outage is None

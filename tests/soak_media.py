@@ -58,8 +58,6 @@ class Medium(ABC):
     """One store's. Names are keys: of a folder paths below it, and of a bucket what follows the store's prefix."""
 
     place: Place
-    commands: dict[str, int]
-    """What may be asked of a store here, deletions excepted, and how often."""
 
     @abstractmethod
     def recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -114,8 +112,6 @@ def _unpacked(content: bytes) -> bytes:
 class Folder(Medium):
     """On a disk."""
 
-    commands = {"repair": 4, "correct": 4, "train": 2, "add": 2, "verify": 1}  # noqa: RUF012 - nobody changes it
-
     def __init__(self, root: Path) -> None:
         self.root = root
         self.place = Place(str(root), root, 160, 0.8)
@@ -140,8 +136,6 @@ class Folder(Medium):
 
 class Bucket(Medium):
     """In a bucket that keeps versions; the ledger lies beside it, or on a server."""
-
-    commands = {"repair": 4, "train": 2, "verify": 1}  # noqa: RUF012 - nobody changes it
 
     def __init__(self, folder: Path, server: S3Server) -> None:
         self.folder = folder
