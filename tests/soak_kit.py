@@ -38,8 +38,7 @@ DELETERS = 3
 GENERATIONS = 2
 SHARDS, SLICES = 3, 2
 FROZEN_S = 0.2
-WITHIN_S = 0.04
-"""About as long as an upload in parts takes."""
+UPLOAD = "put in records"
 PAUSES_S = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.004)
 """Before a durable step: so that the order of processes varies."""
 
@@ -157,17 +156,17 @@ class Plan:
     asks: tuple[Ask, ...]
     seed: str = ""
     fate: str = ""
-    """Empty, or ``killed``, ``frozen`` or ``buried`` (frozen, then killed) at a step, or killed at a ``moment``."""
+    """Empty, or ``killed``, ``frozen`` or ``buried`` (frozen, then killed) at a step, or killed at a ``moment``, or
+    ``within`` an upload, which is a step by itself."""
     step: int = 0
     moment_s: float = 0.0
-    within_s: float = 0.0
-    """Be killed so long after the step began, not before it, if it is a call that puts something into a bucket."""
     restless: bool = False
     """Keep a recovery snapshot after every step of a training."""
 
     def __str__(self) -> str:
         asks = ", then ".join(f"{ask.what} {' '.join(ask.ids)}{' (defer)' * ask.defer}" for ask in self.asks)
         at = f"after {self.moment_s:.2f} s" if self.fate == "moment" else f"at step {self.step}"
+        at += f" after {self.moment_s:.3f} s" if self.fate == "within" else ""
         return f"{asks}{f' [{self.fate} {at}]' if self.fate else ''}"
 
 
@@ -180,13 +179,16 @@ class Trap:
         self._rng = random.Random(plan.seed)
 
     def __call__(self, name: str) -> None:
-        if self._plan.fate in {"killed", "frozen", "buried"} and self._passed == self._plan.step:
-            kit.to_parent.send(("stopped", name))
-            if self._plan.fate == "killed" and self._plan.within_s and name.startswith("put"):
-                threading.Timer(self._plan.within_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            else:
-                os.kill(os.getpid(), signal.SIGKILL if self._plan.fate == "killed" else signal.SIGSTOP)
-        self._passed += 1
+        fate = self._plan.fate
+        if fate in {"killed", "frozen", "buried", "within"} and self._passed == self._plan.step:
+            if fate != "within":
+                kit.to_parent.send(("stopped", name))
+                os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+            elif name.startswith(UPLOAD):
+                kit.to_parent.send(("stopped", name))
+                threading.Timer(self._plan.moment_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if fate != "within" or name.startswith(UPLOAD):
+            self._passed += 1
         time.sleep(self._rng.choice(PAUSES_S))
 
 
@@ -325,8 +327,9 @@ def draw(model: Model, seed: str, folder: Path, place: Place) -> list[Plan]:
         )[0]
         step = int(place.steps * rng.random() ** (1.5 if deletes else 2.5))
         moment_s, restless = rng.random() * place.moment_s, rng.random() < 0.3
-        within_s = rng.choice([0.0, WITHIN_S * rng.random()])
-        plans.append(Plan(tuple(asks), name, fate, step, moment_s, within_s, restless))
+        if place.upload_s and fate in {"killed", "moment"} and rng.random() < 0.4:
+            fate, step, moment_s = "within", rng.randrange(4), rng.random() * place.upload_s
+        plans.append(Plan(tuple(asks), name, fate, step, moment_s, restless))
     for plan in plans:
         model.asks |= {ask.name: ask for ask in plan.asks}
     return plans

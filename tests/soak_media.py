@@ -42,6 +42,8 @@ class Place:
     """About as many durable steps, or calls to the bucket, as a deletion with its repair takes."""
     moment_s: float
     """About as long as it takes."""
+    upload_s: float = 0.0
+    """About as long as a slice of rows is on its way in parts; 0 if none is."""
 
     @contextlib.contextmanager
     def watched(self, hook: Callable[[str], None]) -> Iterator[None]:
@@ -138,9 +140,9 @@ class Bucket(Medium):
     """In a bucket that keeps versions; the ledger lies beside it, or on a server."""
 
     def __init__(self, folder: Path, server: S3Server) -> None:
-        self.folder = folder
+        self.folder, self.server = folder, server
         self.bucket = server.bucket(versioned=True)
-        self.place = Place(f"s3://{self.bucket}/{PREFIX.strip('/')}", folder / "beside", 150, 1.5)
+        self.place = Place(f"s3://{self.bucket}/{PREFIX.strip('/')}", folder / "beside", 150, 1.5, 0.06)
 
     def recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
         keys = {"key_file": "00" * 32, "exclusion_key_file": secrets.token_hex(32)}
