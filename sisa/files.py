@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sisa.errors import BusyError, DamagedError
+from sisa.errors import BusyError, DamagedError, StoreError
 
 TEMPORARY = "tmp-"
 """Prefix of files and folders that are not (or no longer) part of the store."""
@@ -157,6 +157,22 @@ def sweep_temporary(folder: Path) -> list[Path]:
     for path in doomed:
         remove(path)
     return doomed
+
+
+def require_nameless(folder: Path) -> None:
+    """Make sure that files in an existing folder need no name: then nothing of them outlives their process.
+
+    Raises:
+        StoreError: The file system can't do that.
+    """
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise StoreError(
+            f"rows can't wait on this host: the file system of its cache folder has no files without a name "
+            f"({error.strerror}), and what a killed process left in others no deletion from another host could reach",
+            hint="Point XDG_CACHE_HOME to a local disk that has them, such as ext4 or xfs; or keep rows in memory.",
+        ) from error
 
 
 class FileLock:

@@ -71,6 +71,8 @@ class Layout:
     remote: str = ""
     """The URI of a store in object storage."""
     ledger_name: str = "ledger.db"
+    shared: bool = True
+    """Whether ``root`` is one folder for all processes of the store. Else, beside a ledger on a server, each host has its own."""
     within: str = ""
     """Prefix of the store's storage, with a slash at its end, below which its records lie."""
 
@@ -96,7 +98,7 @@ class Layout:
             return cls(local_path(text))
         address = parse_address(text)
         if on_server:
-            return cls(_spool_of(address.uri), address.uri)
+            return cls(_spool_of(address.uri), address.uri, shared=False)
         if ledger is None:
             raise UserError(
                 f"store {text!r}: a store in object storage needs a ledger beside it, none is named",
@@ -109,6 +111,10 @@ class Layout:
             )
         path = local_path(ledger)
         return cls(path.parent, address.uri, path.name)
+
+    def here(self) -> Layout:
+        """Return the same store as a process of this host sees it."""
+        return self if self.shared else replace(self, root=_spool_of(self.remote))
 
     @property
     def uri(self) -> str:
@@ -189,7 +195,7 @@ class Layout:
 
     @property
     def scratch(self) -> Path:
-        """Where a replay of a local store retrains, and rows wait for their batches; removed afterwards."""
+        """Where a replay of a local store retrains; removed afterwards."""
         return self._local(SCRATCH_KEY)
 
     @property
@@ -198,8 +204,17 @@ class Layout:
         return self.root / f"{TEMPORARY}records"
 
     def waiting_rows(self, shard: int) -> Path:
-        """Where rows of a shard wait for their batches while its stages train; nobody's but who holds its lock."""
-        return self.scratch / f"rows-{shard:04d}"
+        """Where rows of a shard wait for their batches while its stages train; nobody's but who holds its lock.
+
+        On a local disk always: in the scratch area of a store in a folder, or of the folder that belongs to one in object
+        storage.
+        """
+        return self.waiting_area / f"rows-{shard:04d}"
+
+    @property
+    def waiting_area(self) -> Path:
+        """What holds the places where rows of shards wait."""
+        return self.root / SCRATCH_KEY
 
     def partition(self, shard: int, slice_: int) -> Path:
         """The folder with the rows of one slice of a local store."""

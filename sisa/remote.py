@@ -117,7 +117,13 @@ def check_vacant(layout: Layout) -> None:
 
 def is_beside(layout: Layout, name: str) -> bool:
     """Say whether ``name`` may lie in the folder of the ledger."""
-    parts = {layout.ledger_name, f"{layout.ledger_name}-journal", "locks", layout.incoming.name}
+    parts = {
+        layout.ledger_name,
+        f"{layout.ledger_name}-journal",
+        "locks",
+        layout.incoming.name,
+        layout.waiting_area.name,
+    }
     return name in parts or name.startswith("tmp-")
 
 

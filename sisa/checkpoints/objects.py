@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sisa.checkpoints.base import Checkpoints
 from sisa.checkpoints.manifest import StageId, parse_shard, parse_stage, shard_folder
-from sisa.checkpoints.snapshots import SnapshotId
+from sisa.checkpoints.snapshots import SnapshotId, Snapshots, parse_snapshot
 from sisa.checkpoints.stage import EMPTY_GROUP, METADATA, chunk_names
 from sisa.state import JSON
 
@@ -74,12 +74,40 @@ class ObjectPlace:
         return bucket.publish(self.storage, self.prefix, row, chunk_bytes=chunk_bytes, attributes=attributes)
 
 
+class ObjectSnapshots(Snapshots):
+    """Those below a prefix of object storage: whole if their metadata is there."""
+
+    def __init__(self, storage: ObjectStorage, root: str) -> None:
+        self._storage = storage
+        self._root = root
+
+    def place(self, snapshot_id: SnapshotId) -> ObjectPlace:
+        """Return the prefix of a snapshot."""
+        return ObjectPlace(self._storage, f"{self._root}/{snapshot_id.folder}")
+
+    def list_shard(self, shard: int) -> list[SnapshotId]:
+        """Return the snapshots of a shard of which anything is there, whole or not, sorted."""
+        below = f"{self._root}/{shard_folder(shard)}"
+        names = {key.removeprefix(f"{below}/").partition("/")[0] for key in self._storage.keys(below)}
+        return sorted(found for name in names if (found := parse_snapshot(shard, name)) is not None)
+
+    def remove(self, snapshot_id: SnapshotId) -> None:
+        """Erase a snapshot in every version, what makes it one first: a half-removed one is none."""
+        place = self.place(snapshot_id)
+        self._storage.remove(place.key)
+        self._storage.remove_all(place.prefix)
+
+    def _prepare(self, shard: int) -> None:
+        """Nothing: a prefix needs not be made."""
+
+
 class ObjectCheckpoints(Checkpoints):
     """The stages below the prefix ``root`` of object storage."""
 
     def __init__(self, storage: ObjectStorage, root: str) -> None:
         self.storage = storage
         self.root = root
+        self.snapshots: Snapshots = ObjectSnapshots(storage, root)
         self._made: set[str] = set()
         """Groups that this object has seen."""
 
@@ -109,11 +137,14 @@ class ObjectCheckpoints(Checkpoints):
         shard: int,
         *,
         keep: Callable[[StageId], bool],
-        keep_snapshot: Callable[[SnapshotId], bool] = lambda _: False,  # noqa: ARG002 - none are kept in a bucket yet
+        keep_snapshot: Callable[[SnapshotId], bool] = lambda _: False,
     ) -> list[StageId]:
         """Erase what was left unfinished in a shard and every stage that ``keep`` refuses; see the base class."""
         folder = f"{self.root}/{shard_folder(shard)}"
         self.storage.sweep(folder)
+        for snapshot_id in self.snapshots.list_shard(shard):
+            if not self.snapshots.whole(snapshot_id) or not keep_snapshot(snapshot_id):
+                self.snapshots.remove(snapshot_id)
         keys = self.storage.keys(folder)
         stages = self._stages(keys)
         doomed = sorted(stage_id for stage_id in stages if not keep(stage_id))

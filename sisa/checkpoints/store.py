@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sisa.checkpoints.base import Checkpoints
 from sisa.checkpoints.manifest import StageId, parse_shard, parse_stage, shard_folder
-from sisa.checkpoints.snapshots import SnapshotId, Snapshots
+from sisa.checkpoints.snapshots import FolderSnapshots, SnapshotId, Snapshots
 from sisa.checkpoints.stage import EMPTY_GROUP, METADATA, FolderPlace, expected_files
 from sisa.files import fsync_path, make_folder, remove, sweep_temporary, temporary_beside
 
@@ -20,7 +20,7 @@ class CheckpointStore(Checkpoints):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.snapshots: Snapshots = Snapshots(root)
+        self.snapshots: Snapshots = FolderSnapshots(root)
 
     def __str__(self) -> str:
         return str(self.root)

@@ -53,6 +53,8 @@ def check_beside(store: OpenStore) -> list[str]:
     for path in sorted(layout.root.iterdir()) if layout.root.is_dir() else []:
         if path.name.startswith(TEMPORARY) or path == layout.incoming:
             problems.append(f"{path.name} beside the ledger: {LEFT}")
+        elif path == layout.waiting_area:
+            problems += _left_waiting(store)
         elif not is_beside(layout, path.name):
             problems.append(f"{path.name} beside the ledger: nobody answers for this")
     routing = store.recipe.routing
@@ -61,6 +63,15 @@ def check_beside(store: OpenStore) -> list[str]:
         if fault:
             problems.append(f"routing.{name}: {fault}")
     return problems
+
+
+def _left_waiting(store: OpenStore) -> Iterator[str]:
+    """Tell what lies where rows wait while a stage trains; there is nothing while none does."""
+    area = store.layout.waiting_area
+    ours = {store.layout.waiting_rows(shard) for shard in range(store.shards)}
+    for path in sorted(area.iterdir()) if area.is_dir() else [area]:
+        fault = LEFT if path in ours and path.is_dir() else "nobody answers for this"
+        yield f"{path.relative_to(store.layout.root)} beside the ledger: {fault}"
 
 
 def _strays(store: OpenStore) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from sisa.files import make_folder
+from sisa.files import make_folder, require_nameless
 from sisa.layout import HOLDOUT_SLICE, Layout, held_out_of
 from sisa.recipe import Recipe
 from sisa.records.arrivals import Excluded, Intake, Progress, arrivals
@@ -87,6 +87,7 @@ def write_generation(
 
     Raises:
         SourceError: The source changed since it was scanned.
+        StoreError: Rows can't wait on this host.
     """
     router = Router(
         routing_key,
@@ -97,6 +98,8 @@ def write_generation(
     intake = Intake(recipe, open_source(recipe.data.source, name="--source"), router, None, excluded)
     told = Told(on_progress)
     make_folder(layout.incoming)
+    if not layout.shared:
+        require_nameless(layout.incoming)
     with contextlib.closing(Spool(layout.incoming, slices=TRAINED, budget_bytes=budget_bytes)) as spool:
         for arrived in arrivals(intake):
             spool.add(replace(arrived, slice_N=(arrived.slice_N != HOLDOUT_SLICE).astype(arrived.slice_N.dtype)))

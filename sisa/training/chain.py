@@ -115,7 +115,7 @@ def run_chain(task: ChainTask, report: Report) -> None:
         FootingError: This process runs other code or another platform than the chain's.
         LostLockError: Somebody else may be at this shard by now.
     """
-    layout = task.layout
+    layout = task.layout.here()
     coordination = coordination_at(layout, place_of(task.ledger, layout.ledger))
     with contextlib.closing(coordination), coordination.shard(task.shard).held() as lock:
 
@@ -145,7 +145,7 @@ def stage_inputs(task: ChainTask, stage: int) -> Iterator[tuple[StageState, Rows
         FootingError: This process runs other code or another platform than the chain's.
     """
     _check_footing(task)
-    chain = _Chain(task, task.layout, lambda: False, lambda _: None, HeldElsewhere())
+    chain = _Chain(task, task.layout.here(), lambda: False, lambda _: None, HeldElsewhere())
     with contextlib.closing(chain.rows):
         yield chain.inputs(stage)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sisa.checkpoints import SnapshotId, Snapshots, StageId
-from sisa.errors import DamagedError, StoreError
+from sisa.errors import DamagedError, LostLockError, StoreError
 from sisa.state import JSON, StageState
 from sisa.training.events import Kept, Report, Resumed, Said
 from sisa.training.stage import Keeping, Stopped, position
@@ -44,6 +44,8 @@ class Recovery:
         if self.snapshots is None:
             return None
         for snapshot_id in reversed(self.snapshots.of_stage(self.stage_id)):
+            if not self.snapshots.whole(snapshot_id):
+                continue  # whoever wrote it was killed; it goes with the stage
             try:
                 manifest, amid = self.snapshots.load(snapshot_id)
             except DamagedError:
@@ -69,9 +71,10 @@ class Recovery:
         def keep(amid: StageState, step: int) -> None:
             if stopped():  # its rows may be about to be erased: nothing of them reaches the disk any more
                 raise Stopped(f"{self.stage_id} was stopped while it trained")
+            snapshot_id = SnapshotId(self.stage_id, step)
             try:
                 snapshots.write(
-                    SnapshotId(self.stage_id, step),
+                    snapshot_id,
                     amid,
                     parent_key=said.parent_key,
                     records=said.records,
@@ -79,11 +82,12 @@ class Recovery:
                     worker=said.worker,
                     fingerprint=said.fingerprint,
                 )
-            except StoreError as error:  # a full disk: the training is not worse off than without snapshots
+            except StoreError as error:  # a full disk, a server that doesn't answer: the training is not worse off than without snapshots
                 if not failed:
                     self.report(Said(f"{error.message}; the training goes on without it"))
                 failed.append(True)
             else:
+                _check_still_ours(snapshots, snapshot_id, stopped)
                 self.report(Kept(self.stage_id.shard, self.stage_id.stage))
 
         def unfit() -> None:
@@ -97,7 +101,18 @@ class Recovery:
 
     def discard(self) -> None:
         """Remove what is there of the stage: it lies in the store as a whole."""
-        if self.snapshots is None:
-            return
-        for snapshot_id in self.snapshots.of_stage(self.stage_id):
-            self.snapshots.remove(snapshot_id)
+        if self.snapshots is not None:
+            self.snapshots.discard(self.stage_id)
+
+
+def _check_still_ours(snapshots: Snapshots, snapshot_id: SnapshotId, stopped: Callable[[], bool]) -> None:
+    """Take a snapshot back that was written after the lock was lost: whoever holds it by now may have purged the shard.
+
+    Raises:
+        LostLockError: It was.
+    """
+    try:
+        stopped()
+    except LostLockError:
+        snapshots.remove(snapshot_id)
+        raise

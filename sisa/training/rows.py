@@ -107,8 +107,6 @@ class ShardRows:
 
     def _streams(self, stage: int, parent: StageState) -> bool:
         task = self._task
-        if self._layout.remote:  # a bucket has no scratch area on this host yet
-            return False
         if task.rows_in_memory != "auto":
             return task.rows_in_memory == "never"
         records = sum(task.records[:stage])

@@ -43,7 +43,7 @@ def task_data(task: ChainTask) -> dict[str, Any]:
     """Return a task as plain data, for another process."""
     plain = {field.name: getattr(task, field.name) for field in fields(task)}
     keys = {"shard": task.keys.shard, "order": task.keys.order.hex(), "digest": task.keys.digest.hex()}
-    layout = {"root": str(task.layout.root), "remote": task.layout.remote, "ledger_name": task.layout.ledger_name}
+    layout = {**vars(task.layout), "root": str(task.layout.root)}
     return {**plain, "recipe": dump_recipe(task.recipe), "keys": keys, "layout": layout}
 
 

@@ -6,6 +6,10 @@ the store's scratch area, which goes at once too. What may be left (a folder of 
 on NFS a file that the client renamed) is swept by the next holder of the shard's lock, and by a deletion before the rows
 of its people count as erased.
 
+A store in object storage has that area beside its ledger, where a deletion sweeps it as in a folder. With a ledger on a server
+there is one on each host, which a deletion from another can't reach: so nothing may ever have a name there, and a file system
+that can't do that is refused.
+
 In memory are 16 bytes of each record, its place and its order id, and the values of categories.
 """
 
@@ -22,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sisa.errors import DamagedError, StoreError
-from sisa.files import remove
+from sisa.files import remove, require_nameless
 from sisa.layout import Layout
 from sisa.learners.columns import Array, Columns
 from sisa.learners.packed import Dictionary, RowFormat, TooNarrowError
@@ -35,7 +39,7 @@ TRIES = 100
 
 def sweep_waiting(layout: Layout, shard: int) -> None:
     """Remove what rows of a shard may have left; hold the shard's lock."""
-    if not layout.remote and os.path.lexists(layout.waiting_rows(shard)):  # rows of a bucket are held in memory
+    if os.path.lexists(layout.waiting_rows(shard)):
         remove(layout.waiting_rows(shard))
 
 
@@ -46,7 +50,7 @@ class WaitingRows:
         self._recipe = recipe
         self.format = RowFormat.of(recipe, wide=wide)
         self._dictionaries = [Dictionary() for _ in range(self.format.categories)]
-        self._file = nameless_file(layout.waiting_rows(shard))
+        self._file = nameless_file(layout.waiting_rows(shard), never_named=not layout.shared)
         self._rows = 0
         self._mapped: mmap.mmap | None = None
         self._uids: list[Array] = []
@@ -114,8 +118,12 @@ class WaitingRows:
             self._mapped = None
 
 
-def nameless_file(folder: Path) -> BinaryIO:
+def nameless_file(folder: Path, *, never_named: bool = False) -> BinaryIO:
     """Open a new private file that is gone when it is closed.
+
+    Args:
+        folder: Where; it is made, and goes at once.
+        never_named: Refuse a file system on which the file would have a name for a moment.
 
     Raises:
         StoreError: It can't be made.
@@ -125,6 +133,8 @@ def nameless_file(folder: Path) -> BinaryIO:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
+            if never_named:
+                require_nameless(folder)
             descriptor = _opened(folder)
         except FileNotFoundError:  # a deletion sweeps the scratch area of the whole store
             continue
