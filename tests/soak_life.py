@@ -119,7 +119,7 @@ class Life:
                 if kind == "stopped":
                     self.story.append(f"  {plan.seed} {plan.fate} before {value}")
                     doomed |= {child} if plan.fate != "frozen" else set()
-                    if plan.fate != "killed":
+                    if plan.fate in {"frozen", "buried"}:
                         due.append(
                             (heard - started + soak.FROZEN_S, child.kill if plan.fate == "buried" else child.go_on)
                         )
