@@ -288,6 +288,7 @@ class Life:
         forbidden = self.model.forgotten(set(self.states))
         assert forbidden
         assert purged
+        assert not soak.words_in(self.medium.log())
         for name, content in [*self.medium.contents(), ("the log", self.log.read_bytes()), *self._server()]:
             assert not soak.words_in(content) & forbidden, name
             assert "pg_wal" in name or not soak.keys_in(content) & purged, name

@@ -73,6 +73,10 @@ class Medium(ABC):
     def hidden(self) -> set[tuple[str, str]]:
         """What is kept and no reader sees: the folder that it is of, and its own name."""
 
+    def log(self) -> bytes:
+        """What the medium itself writes down of those who ask it."""
+        return b""
+
     def names(self) -> set[str]:
         """Of all that is kept, and of the folders around it."""
         names = {name for name, _ in self.files(hidden=True)}
@@ -165,6 +169,9 @@ class Bucket(Medium):
             (each.key.removeprefix(PREFIX).rpartition("/")[0], f"{each.kind} {each.id} of {each.key}")
             for each in unseen
         }
+
+    def log(self) -> bytes:
+        return "\n".join(self.server.requests).encode()
 
 
 @contextlib.contextmanager
