@@ -52,7 +52,7 @@ class Life:
         self.story: list[str] = []
         self.acknowledged: dict[str, str] = {}
         self.unknown: list[Ask] = []
-        """Commands that were told that an id is unknown."""
+        """Commands that were told, since last looked at, that an id is unknown."""
         self.versions = 0
         self.states: dict[str, int] = {}
         self.digests: set[str] = set()
@@ -164,13 +164,14 @@ class Life:
         with closing(kit.reopened(self.uri)) as store:
             ledger = store.opened.ledger
             requests = ledger.requests.all()
+            before = self.model.generations
             self.model.learn(requests, store.opened.generations)
             states = {request.id: STATES.index(request.state) for request in requests}
             assert list(states)[: len(self.states)] == list(self.states), "a request is lost"
             assert all(states[request] >= state for request, state in self.states.items()), "a request moved back"
             self._purged([request for request in requests if request.id not in self.states], store.opened.layout)
             self.states = states
-            self._was_heard({request.reason: request.id for request in requests})
+            self._was_heard({request.reason: request.id for request in requests}, generations=before)
             numbers = [number for number, _, _ in ledger.versions.all()]
             assert numbers == list(range(1, len(numbers) + 1))
             assert len(numbers) >= self.versions
@@ -183,20 +184,22 @@ class Life:
         if self.calm:  # else a lock may be lost between a look and a rename: the next repair erases again
             self._forgotten()
 
-    def _was_heard(self, by_name: dict[str, str]) -> None:
+    def _was_heard(self, by_name: dict[str, str], *, generations: int) -> None:
         """Whoever was acknowledged is in the ledger: under the name of the command, or was asked for before."""
         for name, request in self.acknowledged.items():
             ask = self.model.asks[name]
             assert request in self.states, f"{name} was acknowledged as {request}, and is lost"
             assert name in by_name or all(self._is_gone(identifier) for identifier in ask.ids), name
-        for (
-            ask
-        ) in self.unknown:  # a person whose rows were deleted one by one, a row that was left out when others came
-            assert any(self._is_gone(identifier) for identifier in ask.ids), ask
+        for ask in self.unknown:
+            # A person whose rows were deleted one by one (more may have come meanwhile), or a row that was left out when
+            # others came.
+            assert any(self._is_gone(identifier, generations=generations) for identifier in ask.ids), ask
+        self.unknown = []
 
-    def _is_gone(self, identifier: str) -> bool:
-        """Whether no row is left of a person, or of a record."""
-        return not any(identifier in {row.person, row.record} for row in self.model.survivors())
+    def _is_gone(self, identifier: str, *, generations: int = soak.GENERATIONS) -> bool:
+        """Whether no row is left of a person, or of a record, of those that came with some generations."""
+        left = [row for row in self.model.survivors() if row.generation <= generations]
+        return not any(identifier in {row.person, row.record} for row in left)
 
     def _answers(self, store: Store) -> None:
         """Who has just started and who has answered before say the same."""
