@@ -107,7 +107,7 @@ def make_recipe(
     }
 
 
-def trained(recipe: dict[str, Any], root: Path) -> Store:
+def trained(recipe: dict[str, Any], root: Path | str) -> Store:
     """Train a store in this process."""
     return train(recipe, store=root, executor="inline")
 
@@ -208,7 +208,10 @@ def before_durable_operations(root: Path, hook: Hook) -> Iterator[None]:
         yield
 
 
-_EVERYBODYS = {"sisa.files", "sisa.storage.local", "sisa.ledger.sqlite", "sisa.ledger.postgres"}
+_EVERYBODYS = {
+    "sisa.files", "sisa.storage.local", "sisa.storage.objects", "sisa.storage.versions", "sisa.ledger.sqlite",
+    "sisa.ledger.postgres",
+}  # fmt: skip
 
 
 def _absolute(path: Any, options: dict[str, Any]) -> str:
@@ -377,6 +380,6 @@ def sampled(names: Sequence[str], *, most: int) -> list[int]:
     return sorted({*first.values(), *spread})
 
 
-def reopened(root: Path) -> Store:
+def reopened(root: Path | str) -> Store:
     """Open a store as a process does that has just started."""
     return open_store(root)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3 import models
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -29,7 +33,7 @@ class S3Server:
     """Moto's server in a thread of this process; other processes reach it too."""
 
     def __init__(self) -> None:
-        self._app = DomainDispatcherApplication(create_backend_app)
+        self._app = _in_turn(DomainDispatcherApplication(create_backend_app))
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.faults: list[Fault] = []
@@ -91,6 +95,31 @@ class S3Server:
         return name
 
 
+def _in_turn(app: Any) -> Callable[[Environ, Any], Iterable[bytes]]:
+    """Requests take effect one after the other, and whole: Moto's threads would lose puts to one key at once.
+
+    Of one whose sender has died half-way nothing happens, as in S3.
+    """
+    turn = threading.Lock()
+
+    def answer(environ: Environ, start_response: Any) -> Iterable[bytes]:
+        expected = int(environ.get("CONTENT_LENGTH") or 0)
+        try:
+            body = environ["wsgi.input"].read(expected) if expected else b""
+        except OSError:
+            body = b""
+        if len(body) < expected:
+            start_response("400 Bad Request", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>IncompleteBody</Code><Message>no</Message></Error>"]
+        with turn:
+            if expected:
+                environ["wsgi.input"] = io.BytesIO(body)
+            found: Iterable[bytes] = app(environ, start_response)
+            return found
+
+    return answer
+
+
 def ignores_conditions(environ: Environ) -> None:
     """A server that doesn't look at preconditions."""
     environ.pop("HTTP_IF_NONE_MATCH", None)
@@ -117,6 +146,33 @@ def everything(server: S3Server, bucket: str, prefix: str = "") -> dict[tuple[st
             got = client.get_object(Bucket=bucket, Key=item["Key"], VersionId=item["VersionId"])
             found[item["Key"], item["VersionId"]] = got["Body"].read()
         found |= {(item["Key"], item["VersionId"]): None for item in page.get("DeleteMarkers", [])}
+    return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something that a bucket holds."""
+
+    key: str
+    id: str
+    """Of the version, or of the unfinished upload."""
+    kind: str
+    """``visible``, ``older``, ``marker`` or ``upload``."""
+    content: bytes
+
+
+def kept(bucket: str) -> list[Kept]:
+    """All that the server in this process holds of a bucket, from its memory: parts of uploads can't be asked for."""
+    store = models.s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[bucket]
+    found = []
+    for key, versions in store.keys.lists():
+        for version in versions:
+            marker = isinstance(version, models.FakeDeleteMarker)
+            kind = "marker" if marker else "visible" if version is versions[-1] else "older"
+            found.append(Kept(key, version.version_id, kind, b"" if marker else version.value))
+    for upload in store.multiparts.values():
+        parts = b"".join(upload.parts[number].value for number in sorted(upload.parts))
+        found.append(Kept(upload.key_name, upload.id, "upload", parts))
     return found
 
 

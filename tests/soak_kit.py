@@ -19,8 +19,8 @@ import re
 import signal
 import struct
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import crash_kit as kit
 import pyarrow as pa
 import pyarrow.parquet as papq
+from soak_media import Medium, Place
 
 from sisa.errors import SisaError
 from sisa.progress import Silent
@@ -36,11 +37,8 @@ from sisa.training import stage as stage_module
 DELETERS = 3
 GENERATIONS = 2
 SHARDS, SLICES = 3, 2
-STEPS = 160
-"""About as many durable steps as a deletion with its repair takes."""
-MOMENT_S = 0.8
-"""About as long as it takes."""
 FROZEN_S = 0.2
+UPLOAD = "put in records"
 PAUSES_S = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.004)
 """Before a durable step: so that the order of processes varies."""
 
@@ -121,37 +119,16 @@ def keys_in(content: bytes) -> set[str]:
     return {found.decode() for found in _KEY.findall(content)}
 
 
-def contents(*roots: Path) -> Iterator[tuple[Path, bytes]]:
-    """Each file below some folders: its name and bytes, and what is packed in it."""
-    for root in roots:
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            name = str(path.relative_to(root)).encode()
-            yield path, name + b"\n" + path.read_bytes() + (_unpacked(path) if path.suffix == ".parquet" else b"")
-
-
-def _unpacked(path: Path) -> bytes:
-    columns = papq.read_table(path, partitioning=None).to_pydict()
-    texts = [str(value) for name in ("_sisa_record", "_sisa_subject", "tag") for value in columns[name]]
-    return " ".join(texts).encode() + struct.pack(f"<{len(columns['x'])}d", *columns["x"])
-
-
-def stages_of(root: Path) -> set[tuple[int, int, str]]:
-    """(shard, stage, key) of each stage and each snapshot of one that lies there, finished or not."""
-    names = [path for kind in ("stage", "snapshot") for path in (root / "checkpoints").glob(f"shard-*/{kind}-*")]
-    return {(int(path.parent.name[6:]), int(path.name.split("-")[1]), path.name.split("-")[2][:64]) for path in names}
-
-
-def rows_of(root: Path) -> dict[str, tuple[str, Row]]:
+def rows_of(medium: Medium) -> dict[str, tuple[str, Row]]:
     """What each row in the records says, and in which partition; read by another way."""
     found: dict[str, tuple[str, Row]] = {}
-    for path in sorted((root / "records").rglob("*.parquet")):
-        for row in papq.read_table(path, partitioning=None).to_pylist():
-            assert row["_sisa_record"] not in found, path
-            said = Row(
-                row["_sisa_record"], row["_sisa_subject"], row["tag"], row["x"], row["z"],
-                ["no", "yes"][int(row["_sisa_label"])], 0,
-            )  # fmt: skip
-            found[said.record] = (str(path.parent.relative_to(root / "records")), said)
+    for where, row in medium.rows():
+        assert row["_sisa_record"] not in found, where
+        said = Row(
+            row["_sisa_record"], row["_sisa_subject"], row["tag"], row["x"], row["z"],
+            ["no", "yes"][int(row["_sisa_label"])], 0,
+        )  # fmt: skip
+        found[said.record] = (where, said)
     return found
 
 
@@ -179,7 +156,8 @@ class Plan:
     asks: tuple[Ask, ...]
     seed: str = ""
     fate: str = ""
-    """Empty, or ``killed``, ``frozen`` or ``buried`` (frozen, then killed) at a step, or killed at a ``moment``."""
+    """Empty, or ``killed``, ``frozen`` or ``buried`` (frozen, then killed) at a step, or killed at a ``moment``, or
+    ``within`` an upload, which is a step by itself."""
     step: int = 0
     moment_s: float = 0.0
     restless: bool = False
@@ -188,11 +166,12 @@ class Plan:
     def __str__(self) -> str:
         asks = ", then ".join(f"{ask.what} {' '.join(ask.ids)}{' (defer)' * ask.defer}" for ask in self.asks)
         at = f"after {self.moment_s:.2f} s" if self.fate == "moment" else f"at step {self.step}"
+        at += f" after {self.moment_s:.3f} s" if self.fate == "within" else ""
         return f"{asks}{f' [{self.fate} {at}]' if self.fate else ''}"
 
 
 class Trap:
-    """Before each durable step: a pause now and then, and at one of them the process is killed, or stops itself."""
+    """Before each durable step, and each call to a bucket: now and then a pause, and once the process is killed, or stops."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -200,10 +179,16 @@ class Trap:
         self._rng = random.Random(plan.seed)
 
     def __call__(self, name: str) -> None:
-        if self._plan.fate in {"killed", "frozen", "buried"} and self._passed == self._plan.step:
-            kit.to_parent.send(("stopped", name))
-            os.kill(os.getpid(), signal.SIGKILL if self._plan.fate == "killed" else signal.SIGSTOP)
-        self._passed += 1
+        fate = self._plan.fate
+        if fate in {"killed", "frozen", "buried", "within"} and self._passed == self._plan.step:
+            if fate != "within":
+                kit.to_parent.send(("stopped", name))
+                os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+            elif name.startswith(UPLOAD):
+                kit.to_parent.send(("stopped", name))
+                threading.Timer(self._plan.moment_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if fate != "within" or name.startswith(UPLOAD):
+            self._passed += 1
         time.sleep(self._rng.choice(PAUSES_S))
 
 
@@ -219,28 +204,28 @@ class Notes(Silent):
             kit.to_parent.send(("told", (self._ask.name, "acknowledged", found[1])))
 
 
-def act(root: Path, log: Path, recipe: dict[str, Any], plan: Plan) -> None:
+def act(place: Place, log: Path, recipe: dict[str, Any], plan: Plan) -> None:
     """Carry out a plan in a process of its own; what it says on stdout and stderr goes to the log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     stage_module.LOOK_UP_S = 0.0 if plan.restless else stage_module.LOOK_UP_S
-    with kit.before_durable_operations(root, Trap(plan)):
+    with place.watched(Trap(plan)):
         for ask in plan.asks:
             try:
-                said = ("ended", _asked(root, recipe, ask))
+                said = ("ended", _asked(place.uri, recipe, ask))
             except SisaError as error:
                 print(ask.name, error.without_ids, file=sys.stderr, flush=True)
                 said = (type(error).__name__, error.message)
             kit.to_parent.send(("told", (ask.name, *said)))
 
 
-def _asked(root: Path, recipe: dict[str, Any], ask: Ask) -> str:
+def _asked(uri: str, recipe: dict[str, Any], ask: Ask) -> str:
     reporter = Notes(ask)
     if ask.what == "train":
-        kit.train(recipe, store=root, executor="inline", reporter=reporter).close()
+        kit.train(recipe, store=uri, executor="inline", reporter=reporter).close()
         return ""
-    store = kit.reopened(root)
+    store = kit.reopened(uri)
     common: dict[str, Any] = {"executor": "inline", "reporter": reporter}
     try:
         if ask.what == "delete":
@@ -319,7 +304,7 @@ class Model:
         return words
 
 
-def draw(model: Model, seed: str, folder: Path) -> list[Plan]:
+def draw(model: Model, seed: str, folder: Path, place: Place) -> list[Plan]:
     """What the processes of one round do: three delete, and one may do something else."""
     rng = random.Random(seed)
     everyone = sorted({row.person for row in model.rows.values()})
@@ -340,8 +325,11 @@ def draw(model: Model, seed: str, folder: Path) -> list[Plan]:
         fate = rng.choices(
             ["", "killed", "frozen", "buried", "moment"], [9, 5, 1, 1, 3] if deletes else [5, 7, 1, 1, 1]
         )[0]
-        step = int(STEPS * rng.random() ** (1.5 if deletes else 2.5))
-        plans.append(Plan(tuple(asks), name, fate, step, rng.random() * MOMENT_S, rng.random() < 0.3))
+        step = int(place.steps * rng.random() ** (1.5 if deletes else 2.5))
+        moment_s, restless = rng.random() * place.moment_s, rng.random() < 0.3
+        if place.upload_s and fate in {"killed", "moment"} and rng.random() < 0.4:
+            fate, step, moment_s = "within", rng.randrange(4), rng.random() * place.upload_s
+        plans.append(Plan(tuple(asks), name, fate, step, moment_s, restless))
     for plan in plans:
         model.asks |= {ask.name: ask for ask in plan.asks}
     return plans
