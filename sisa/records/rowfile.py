@@ -96,9 +96,11 @@ def read_table(storage: Storage, key: str, columns: list[str] | None = None) -> 
     """
     try:
         with storage.opened(key) as stream:
+            source: BinaryIO = stream
             if columns is None:  # who reads two columns of all slices can't wait for the rest of their bytes
-                check_seal(stream)
-            with papq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False) as file:
+                source = io.BytesIO(stream.read())  # a file is small: it is read once, not for its seal and then again
+                check_seal(source)
+            with papq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False) as file:
                 table = file.read(columns=columns, use_threads=False)
         table.validate(full=True)
     except FileNotFoundError:  # also if its last rows were erased this very moment
