@@ -19,7 +19,6 @@ import re
 import signal
 import struct
 import sys
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import crash_kit as kit
 import pyarrow as pa
 import pyarrow.parquet as papq
-from soak_media import Medium, Place
+from soak_media import Medium, Place, doomed
 
 from sisa.errors import SisaError
 from sisa.progress import Silent
@@ -38,7 +37,6 @@ DELETERS = 3
 GENERATIONS = 2
 SHARDS, SLICES = 3, 2
 FROZEN_S = 0.2
-UPLOAD = "put in records"
 PAUSES_S = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.004)
 """Before a durable step: so that the order of processes varies."""
 
@@ -157,7 +155,7 @@ class Plan:
     seed: str = ""
     fate: str = ""
     """Empty, or ``killed``, ``frozen`` or ``buried`` (frozen, then killed) at a step, or killed at a ``moment``, or
-    ``within`` an upload, which is a step by itself."""
+    ``within`` an upload: then a step is a part of one, and what follows the last."""
     step: int = 0
     moment_s: float = 0.0
     restless: bool = False
@@ -166,7 +164,6 @@ class Plan:
     def __str__(self) -> str:
         asks = ", then ".join(f"{ask.what} {' '.join(ask.ids)}{' (defer)' * ask.defer}" for ask in self.asks)
         at = f"after {self.moment_s:.2f} s" if self.fate == "moment" else f"at step {self.step}"
-        at += f" after {self.moment_s:.3f} s" if self.fate == "within" else ""
         return f"{asks}{f' [{self.fate} {at}]' if self.fate else ''}"
 
 
@@ -179,16 +176,10 @@ class Trap:
         self._rng = random.Random(plan.seed)
 
     def __call__(self, name: str) -> None:
-        fate = self._plan.fate
-        if fate in {"killed", "frozen", "buried", "within"} and self._passed == self._plan.step:
-            if fate != "within":
-                kit.to_parent.send(("stopped", name))
-                os.kill(os.getpid(), signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
-            elif name.startswith(UPLOAD):
-                kit.to_parent.send(("stopped", name))
-                threading.Timer(self._plan.moment_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        if fate != "within" or name.startswith(UPLOAD):
-            self._passed += 1
+        if self._plan.fate in {"killed", "frozen", "buried"} and self._passed == self._plan.step:
+            kit.to_parent.send(("stopped", name))
+            os.kill(os.getpid(), signal.SIGKILL if self._plan.fate == "killed" else signal.SIGSTOP)
+        self._passed += 1
         time.sleep(self._rng.choice(PAUSES_S))
 
 
@@ -210,6 +201,8 @@ def act(place: Place, log: Path, recipe: dict[str, Any], plan: Plan) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     stage_module.LOOK_UP_S = 0.0 if plan.restless else stage_module.LOOK_UP_S
+    if plan.fate == "within":
+        os.environ["AWS_ACCESS_KEY_ID"] = doomed(plan.step)
     with place.watched(Trap(plan)):
         for ask in plan.asks:
             try:
@@ -327,8 +320,8 @@ def draw(model: Model, seed: str, folder: Path, place: Place) -> list[Plan]:
         )[0]
         step = int(place.steps * rng.random() ** (1.5 if deletes else 2.5))
         moment_s, restless = rng.random() * place.moment_s, rng.random() < 0.3
-        if place.upload_s and fate in {"killed", "moment"} and rng.random() < 0.4:
-            fate, step, moment_s = "within", rng.randrange(4), rng.random() * place.upload_s
+        if place.uploads and fate in {"killed", "moment"} and rng.random() < 0.4:
+            fate, step = "within", rng.randrange(8)
         plans.append(Plan(tuple(asks), name, fate, step, moment_s, restless))
     for plan in plans:
         model.asks |= {ask.name: ask for ask in plan.asks}

@@ -113,7 +113,7 @@ class Life:
                 try:
                     kind, value = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    assert child in doomed, f"{plan.seed} died: {plan}"
+                    assert child in doomed or child.process.pid in self.medium.killed, f"{plan.seed} died: {plan}"
                     self.story.append(f"  {plan.seed} is dead")
                     kind = "dead"
                 if kind == "stopped":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import secrets
+import signal
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +22,7 @@ import crash_kit as kit
 import obstore
 import pyarrow.parquet as papq
 from moto.s3 import models
-from s3_kit import S3Server, kept
+from s3_kit import Environ, S3Server, kept
 
 from sisa.storage import objects
 
@@ -29,6 +32,14 @@ PART_BYTES = 700
 LEFTOVERS = ("tmp-*", "snapshot-*", "scratch", "incoming", "corrections/*", "stop-*/*")
 """Names of what doesn't stay in a store at rest."""
 _STAGE = re.compile(r"checkpoints/shard-(\d+)/(?:stage|snapshot)-(\d+)-([0-9a-f]{64})")
+
+
+def doomed(step: int) -> str:
+    """The name under which this process asks a bucket, so that it is killed within an upload."""
+    return f"within-{step}-{os.getpid()}"
+
+
+_DOOMED = re.compile(r"Credential=within-(\d+)-(\d+)/")
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ class Place:
     """About as many durable steps, or calls to the bucket, as a deletion with its repair takes."""
     moment_s: float
     """About as long as it takes."""
-    upload_s: float = 0.0
-    """About as long as a slice of rows is on its way in parts; 0 if none is."""
+    uploads: bool = False
+    """Whether a slice of rows is on its way in parts."""
 
     @contextlib.contextmanager
     def watched(self, hook: Callable[[str], None]) -> Iterator[None]:
@@ -60,6 +71,7 @@ class Medium(ABC):
     """One store's. Names are keys: of a folder paths below it, and of a bucket what follows the store's prefix."""
 
     place: Place
+    killed: Collection[int] = ()
 
     @abstractmethod
     def recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +157,12 @@ class Bucket(Medium):
 
     def __init__(self, folder: Path, server: S3Server) -> None:
         self.folder, self.server = folder, server
+        self.killed: set[int] = set()
+        """Processes that were killed within an upload."""
+        self._parts: Counter[int] = Counter()
+        server.faults.append(self._kills)
         self.bucket = server.bucket(versioned=True)
-        self.place = Place(f"s3://{self.bucket}/{PREFIX.strip('/')}", folder / "beside", 150, 1.5, 0.06)
+        self.place = Place(f"s3://{self.bucket}/{PREFIX.strip('/')}", folder / "beside", 150, 1.5, uploads=True)
 
     def recipe(self, recipe: dict[str, Any]) -> dict[str, Any]:
         keys = {"key_file": "00" * 32, "exclusion_key_file": secrets.token_hex(32)}
@@ -169,6 +185,20 @@ class Bucket(Medium):
             (each.key.removeprefix(PREFIX).rpartition("/")[0], f"{each.kind} {each.id} of {each.key}")
             for each in unseen
         }
+
+    def _kills(self, environ: Environ) -> tuple[str, str] | None:
+        """Kill who asked for it before the server has taken a part of its upload, or has made an object of the parts."""
+        found = _DOOMED.search(environ.get("HTTP_AUTHORIZATION", ""))
+        if not found or "uploadId=" not in environ["QUERY_STRING"] or environ["REQUEST_METHOD"] not in {"PUT", "POST"}:
+            return None
+        step, process = int(found[1]), int(found[2])
+        self._parts[process] += 1
+        if self._parts[process] <= step:
+            return None
+        self.killed.add(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return "400 Bad Request", "InvalidRequest"
 
     def log(self) -> bytes:
         return "\n".join(self.server.requests).encode()
