@@ -27,6 +27,7 @@ from sisa.ledger.generations import Generations
 from sisa.ledger.partitions import Partitions
 from sisa.ledger.requests import Requests
 from sisa.progress import Silent
+from sisa.records import parts
 from sisa.routing.keys import exclusion_digest
 from sisa.store import grow
 from sisa.store.store import Store
@@ -140,6 +141,11 @@ class Grown(Medium):
         assert self.train().training.stages_trained == 0  # its source still says all of the old
         assert not self.holding(person, *old)
         self.check_whole()
+
+    def test_the_same_life_with_slices_of_several_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(parts, "MOST_ROWS", 2)
+        self.test_a_life_with_an_addition_a_correction_and_a_deletion()
+        assert [key for key in self.raw() if "-of-" in key]
 
     def test_what_is_on_the_way_is_no_part_of_the_store(self) -> None:
         """Deferred, repeated, refused: the same words as in a folder."""

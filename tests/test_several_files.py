@@ -370,6 +370,23 @@ def test_what_the_ledger_says_of_files_is_held_against_the_disk(root: Path, stat
     assert [line for line in store.verify().problems if message in line]
 
 
+def test_whose_file_could_not_be_read_when_they_left_is_counted_when_it_is(root: Path, folder: Path) -> None:
+    store = kit.reopened(root)
+    place, (person, _) = pair_of_one_slice(store)
+    theirs = files_at(store.opened.layout, place)[file_of(store, place, person)]
+    kept = theirs.read_bytes()
+    theirs.write_bytes(b"torn")
+    with pytest.raises(DamagedError):
+        store.delete(subjects=[person], executor="inline")
+    assert [request["records"] for request in store.status()["requests"]] == [0]
+    theirs.write_bytes(kept)
+    store.repair(executor="inline")
+    records = [record for record, owner in OWNERS.items() if owner == person]
+    assert [request["records"] for request in store.status()["requests"]] == [len(records)]
+    assert bits(store) == fresh(folder, person)
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
 # --- in object storage ---------------------------------------------------------------------------------
 
 
