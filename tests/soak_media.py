@@ -9,6 +9,7 @@ import re
 import secrets
 import signal
 import struct
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -196,8 +197,10 @@ class Bucket(Medium):
         if self._parts[process] <= step:
             return None
         self.killed.add(process)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(process, signal.SIGKILL)
+            while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.001)  # else it may hear the answer, and clean up after itself
         return "400 Bad Request", "InvalidRequest"
 
     def log(self) -> bytes:
