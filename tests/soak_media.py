@@ -21,6 +21,7 @@ from unittest import mock
 import botocore.client
 import crash_kit as kit
 import obstore
+import pyarrow as pa
 import pyarrow.parquet as papq
 from moto.s3 import models
 from s3_kit import Environ, S3Server, kept
@@ -120,7 +121,10 @@ class Medium(ABC):
 def _unpacked(content: bytes) -> bytes:
     if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
         return b""
-    columns = papq.read_table(io.BytesIO(content)).to_pydict()
+    try:
+        columns = papq.read_table(io.BytesIO(content)).to_pydict()
+    except pa.ArrowInvalid:  # some parts of an upload, without those between them
+        return b""
     texts = [str(value) for name in ("_sisa_record", "_sisa_subject", "tag") for value in columns[name]]
     return " ".join(texts).encode() + struct.pack(f"<{len(columns['x'])}d", *columns["x"])
 
