@@ -203,12 +203,18 @@ class Bucket(Medium):
         self.killed.add(process)
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(process, signal.SIGKILL)
-            while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            while not _is_dead(Path("/proc") / str(process)):
                 time.sleep(0.001)  # else it may hear the answer, and clean up after itself
         return "400 Bad Request", "InvalidRequest"
 
     def log(self) -> bytes:
         return "\n".join(self.server.requests).encode()
+
+
+def _is_dead(process: Path) -> bool:
+    """Whether of a process there is nothing left but its number."""
+    threads = list((process / "task").iterdir())
+    return len(threads) == 1 and (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @contextlib.contextmanager
