@@ -9,6 +9,7 @@ import re
 import secrets
 import signal
 import struct
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,7 @@ from unittest import mock
 import botocore.client
 import crash_kit as kit
 import obstore
+import pyarrow as pa
 import pyarrow.parquet as papq
 from moto.s3 import models
 from s3_kit import Environ, S3Server, kept
@@ -119,7 +121,10 @@ class Medium(ABC):
 def _unpacked(content: bytes) -> bytes:
     if content[:4] != b"PAR1" or content[-4:] != b"PAR1":
         return b""
-    columns = papq.read_table(io.BytesIO(content)).to_pydict()
+    try:
+        columns = papq.read_table(io.BytesIO(content)).to_pydict()
+    except pa.ArrowInvalid:  # some parts of an upload, without those between them
+        return b""
     texts = [str(value) for name in ("_sisa_record", "_sisa_subject", "tag") for value in columns[name]]
     return " ".join(texts).encode() + struct.pack(f"<{len(columns['x'])}d", *columns["x"])
 
@@ -196,12 +201,20 @@ class Bucket(Medium):
         if self._parts[process] <= step:
             return None
         self.killed.add(process)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(process, signal.SIGKILL)
+            while not _is_dead(Path("/proc") / str(process)):
+                time.sleep(0.001)  # else it may hear the answer, and clean up after itself
         return "400 Bad Request", "InvalidRequest"
 
     def log(self) -> bytes:
         return "\n".join(self.server.requests).encode()
+
+
+def _is_dead(process: Path) -> bool:
+    """Whether of a process there is nothing left but its number."""
+    threads = list((process / "task").iterdir())
+    return len(threads) == 1 and (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @contextlib.contextmanager
