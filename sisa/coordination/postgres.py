@@ -59,7 +59,11 @@ class SessionLock:
         """Hold it for the length of a ``with`` block."""
         with contextlib.closing(Session(self._place)) as session:
             self._take(session, timeout_s, poll)
-            yield HeldLock(session, self._name)
+            try:
+                yield HeldLock(session, self._name)
+            finally:  # the end of the session frees it too, but only when the server gets to it
+                with contextlib.suppress(StoreError):
+                    session.run("SELECT pg_advisory_unlock(?)", (self._number,))
 
     def _take(self, session: Session, timeout_s: float | None, poll: Callable[[], None] | None) -> None:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
