@@ -123,7 +123,7 @@ def _unpacked(content: bytes) -> bytes:
         return b""
     try:
         columns = papq.read_table(io.BytesIO(content)).to_pydict()
-    except pa.ArrowInvalid:  # some parts of an upload, without those between them
+    except (OSError, pa.ArrowInvalid):  # some parts of an upload, without those between them
         return b""
     texts = [str(value) for name in ("_sisa_record", "_sisa_subject", "tag") for value in columns[name]]
     return " ".join(texts).encode() + struct.pack(f"<{len(columns['x'])}d", *columns["x"])
