@@ -8,6 +8,7 @@ first, so that a half-removed folder never carries the name of a whole one. Name
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -22,6 +23,8 @@ from sisa.errors import BusyError, DamagedError, StoreError
 
 TEMPORARY = "tmp-"
 """Prefix of files and folders that are not (or no longer) part of the store."""
+NO_NAMELESS = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+"""What a file system says that has no files without a name."""
 
 
 def temporary_beside(path: Path) -> Path:
@@ -164,10 +167,18 @@ def require_nameless(folder: Path) -> None:
 
     Raises:
         StoreError: The file system can't do that.
+        FileNotFoundError: The folder is gone.
     """
     try:
         os.close(os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileNotFoundError:
+        raise
     except OSError as error:
+        if error.errno not in NO_NAMELESS:
+            raise StoreError(
+                f"rows can't wait in the cache folder of this host: {error.strerror}",
+                hint="Make room or give permission there, or point XDG_CACHE_HOME elsewhere.",
+            ) from error
         raise StoreError(
             f"rows can't wait on this host: the file system of its cache folder has no files without a name "
             f"({error.strerror}), and what a killed process left in others no deletion from another host could reach",

@@ -37,6 +37,7 @@ from sisa.ledger import session as sessions
 from sisa.ledger.generations import Generations
 from sisa.ledger.requests import Requests
 from sisa.progress import Silent
+from sisa.records import write as writing
 from sisa.store.store import Store
 from sisa.training import chain
 
@@ -327,6 +328,32 @@ def test_a_driver_that_lost_the_operation_publishes_nothing(
             store.repair(executor="inline")
     assert store.version == version
     store.repair(executor="inline")
+    assert_whole(store)
+
+
+def test_an_ingest_that_was_overtaken_replaces_nothing(
+    recipe: dict[str, Any], tmp_path: Path, postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host was away for so long that another one ingested, trained and deleted."""
+    root, real = tmp_path / "store", writing._write_partitions
+    gone: list[str] = []
+
+    def write_partitions(*arguments: Any) -> Any:
+        counts = real(*arguments)
+        monkeypatch.setattr(writing, "_write_partitions", real)
+        slow = kit.reopened(root)
+        for name in ("operation", "ingest"):
+            assert end_lock_sessions(postgres, slow, name) == 1
+        other = kit.trained(recipe, root)
+        gone.append(next(iter(kit.places(other, TABLE))))
+        other.delete(subjects=gone, executor="inline")
+        return counts
+
+    monkeypatch.setattr(writing, "_write_partitions", write_partitions)
+    with pytest.raises(LostLockError, match="was lost"):
+        kit.trained(recipe, root)
+    store = kit.reopened(root)
+    assert gone[0] not in set().union(*kit.owners_on_disk(root).values())
     assert_whole(store)
 
 

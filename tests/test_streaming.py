@@ -467,16 +467,19 @@ def test_without_nameless_files_the_name_goes_at_once(tmp_path):
 
 def test_a_scratch_area_that_is_swept_meanwhile_is_made_again(tmp_path):
     folder, left = tmp_path / "scratch" / "rows-0000", [3]
-    real = waiting._opened
+    real, asked = waiting._opened, waiting.require_nameless
 
-    def swept(path):
+    def swept(path, **more):
         if left[0]:
             left[0] -= 1
             path.rmdir()
-        return real(path)
+        return real(path, **more) if more else asked(path)
 
     with mock.patch.object(waiting, "_opened", swept):
         nameless_file(folder).close()
+    left[0] = 3
+    with mock.patch.object(waiting, "require_nameless", swept):  # by another process of the same shard
+        nameless_file(folder, never_named=True).close()
     folder.write_bytes(b"")
     with pytest.raises(DamagedError, match="expected a folder"):
         nameless_file(folder)

@@ -6,7 +6,7 @@ or nothing; ``compare`` holds a source against a store that has been written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sisa.layout import Layout
@@ -68,6 +68,7 @@ def write(
     routing_key: bytes,
     excluded: Excluded | None = None,
     on_progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[PartitionCount]:
     """Write every record to its partition and replace whatever lies under the store's records.
 
@@ -79,6 +80,7 @@ def write(
         routing_key: Its routing key.
         excluded: Marks the rows of deleted people, which are never written.
         on_progress: Told how many more records are done; their sum is the number of rows.
+        check: Called before what lies there is replaced, and again and again while it is; raises if it may not be.
 
     Returns:
         One entry for each slice 0..R of each shard, rows or not, ordered by shard and slice.
@@ -87,7 +89,7 @@ def write(
         SourceError: The sources changed since they were scanned; the store's records are as they were.
     """
     intake = _intake(recipe, routing_key=routing_key, excluded=excluded)
-    return writing.write(intake, layout, routing_key, on_progress=on_progress)
+    return writing.write(intake, layout, routing_key, on_progress=on_progress, check=check)
 
 
 def compare(

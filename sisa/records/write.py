@@ -65,6 +65,7 @@ def write(
     routing_key: bytes,
     *,
     on_progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> list[PartitionCount]:
     """Write every record to its partition, and replace whatever lies under the store's records.
@@ -76,6 +77,7 @@ def write(
         layout: The store.
         routing_key: Its routing key, from which the shards' digest keys derive.
         on_progress: Told how many more records are done: half of them when read, half when written.
+        check: Called before what lies there is replaced, and again and again while it is; raises if it may not be.
         budget_bytes: Memory for rows that wait to be sorted.
 
     Returns:
@@ -95,7 +97,7 @@ def write(
                 told.read(arrived.read)
             spool.flush()
             counts = _write_partitions(spool, scratch, intake, routing_key, told)
-        _publish(scratch, layout)
+        _publish(scratch, layout, check)
         told.end()
     finally:
         remove(scratch.root)
@@ -126,8 +128,9 @@ def _write_partitions(
             raise
 
 
-def _publish(scratch: Layout, layout: Layout) -> None:
+def _publish(scratch: Layout, layout: Layout, check: Callable[[], None]) -> None:
     """Put the new records in the place of the old."""
+    check()
     if not layout.remote:
         if layout.records.exists():
             remove(layout.records)
@@ -140,9 +143,11 @@ def _publish(scratch: Layout, layout: Layout) -> None:
         storage.put_file(path.relative_to(scratch.root).as_posix(), path)
         path.unlink()
 
+    paths = sorted(scratch.records.rglob("*.parquet"))
     with ThreadPoolExecutor(UPLOADS) as pool:
-        for _ in pool.map(upload, sorted(scratch.records.rglob("*.parquet"))):
-            pass
+        for start in range(0, len(paths), UPLOADS):
+            check()
+            list(pool.map(upload, paths[start : start + UPLOADS]))
 
 
 def _write_partition(

@@ -18,7 +18,7 @@ from sisa.coordination import Held
 from sisa.deletion.files import rows_damage
 from sisa.deletion.repair import Repair, bring_up
 from sisa.deletion.settle import settle_all
-from sisa.errors import RecipeError, SisaError, UserError
+from sisa.errors import LostLockError, RecipeError, SisaError, UserError
 from sisa.execution.options import Execution
 from sisa.layout import Layout, is_held_out
 from sisa.learners.check import check_model
@@ -192,7 +192,16 @@ def _scan(asked: Recipe, resolved: Recipe, key: bytes, reporter: Reporter, layou
         reporter.note("data.source has no records: every shard stays out of the vote, and nothing can be predicted")
 
 
-def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iterable[Held]) -> None:
+def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Collection[Held]) -> None:
+    def check() -> None:
+        for lock in locks:
+            lock.check()
+        if opened.ledger.ingested:
+            raise LostLockError(
+                "another process ingested the store meanwhile",
+                hint="Run the command again: it goes on from there.",
+            )
+
     reporter.begin("routing records", ingest.rows(resolved))
     try:
         counts = ingest.write(
@@ -201,11 +210,11 @@ def _ingest(opened: OpenStore, resolved: Recipe, reporter: Reporter, locks: Iter
             routing_key=opened.keys.routing,
             excluded=excluder(opened),
             on_progress=reporter.advance,
+            check=check,
         )
     finally:
         reporter.end()
-    for lock in locks:
-        lock.check()
+    check()
     opened.ledger.partitions.replace_all(expected_of(counts))
 
 

@@ -135,7 +135,7 @@ def nameless_file(folder: Path, *, never_named: bool = False) -> BinaryIO:
             folder.mkdir(mode=0o700, exist_ok=True)
             if never_named:
                 require_nameless(folder)
-            descriptor = _opened(folder)
+            descriptor = _opened(folder, never_named=never_named)
         except FileNotFoundError:  # a deletion sweeps the scratch area of the whole store
             continue
         except FileExistsError as error:
@@ -151,9 +151,11 @@ def nameless_file(folder: Path, *, never_named: bool = False) -> BinaryIO:
     raise StoreError("the folder for rows that wait for their batches is removed again and again")
 
 
-def _opened(folder: Path) -> int:
+def _opened(folder: Path, *, never_named: bool) -> int:
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise FileExistsError(folder)
+    if never_named:
+        return os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600)
     with contextlib.suppress(OSError):  # not every file system has files that never had a name
         return os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR, 0o600)
     path = folder / secrets.token_hex(8)
