@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from postgres_kit import Server
 
-from sisa.errors import BusyError, DamagedError, StaleError, StoreError, UserError
+from sisa.errors import BusyError, DamagedError, LostLockError, StaleError, StoreError, UserError
 from sisa.ledger import Ledger, Member, Partition, Place, PostgresPlace, StageRow, Target, migrate, schema
 
 SHARDS, SLICES = 2, 3
@@ -34,6 +34,15 @@ def stage(shard: int, number: int, **changes: object) -> StageRow:
         "created_at": "2026-01-01T00:00:00+00:00",
     }
     return StageRow(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def held() -> None:
+    """The lock is held."""
+
+
+def lost() -> None:
+    """The lock is not."""
+    raise LostLockError("lost")
 
 
 BytesOf = Callable[[], bytes]
@@ -205,8 +214,8 @@ def test_digests_of_erased_rows_leave_the_files(ledger: Ledger, bytes_of: BytesO
     """Whoever has the key and the other rows could test a guess about the deleted against them."""
     ledger.requests.accept([Target("subject", b"a" * 16, ((1, 2),))], reason="")
     seen = ledger.partitions.get(1, 2).changes
-    ledger.partitions.prepare_erasure(1, 2, records=9, subjects=9, membership="m-without-a")
-    assert ledger.partitions.finish_erasure(1, 2, changes=seen)
+    ledger.partitions.prepare_erasure(1, 2, records=9, subjects=9, membership="m-without-a", check=held)
+    assert ledger.partitions.finish_erasure(1, 2, changes=seen, membership="m-without-a", check=held)
     ledger.shed()
     left = bytes_of()
     assert b"m-1-2" not in left
@@ -243,13 +252,39 @@ def test_states_move_forward_only(ledger: Ledger) -> None:
 def test_a_slice_deleted_from_twice_stays_dirty_until_both_are_erased(ledger: Ledger) -> None:
     ledger.requests.accept([Target("subject", b"a" * 16, ((1, 2),))], reason="")
     seen = ledger.partitions.get(1, 2).changes
-    ledger.partitions.prepare_erasure(1, 2, records=9, subjects=9, membership="without a")
+    ledger.partitions.prepare_erasure(1, 2, records=9, subjects=9, membership="without a", check=held)
     ledger.requests.accept([Target("subject", b"b" * 16, ((1, 2),))], reason="")
-    assert not ledger.partitions.finish_erasure(1, 2, changes=seen)
-    ledger.partitions.prepare_erasure(1, 2, records=8, subjects=8, membership="without both")
-    assert ledger.partitions.finish_erasure(1, 2, changes=ledger.partitions.get(1, 2).changes)
+    assert not ledger.partitions.finish_erasure(1, 2, changes=seen, membership="without a", check=held)
+    ledger.partitions.prepare_erasure(1, 2, records=8, subjects=8, membership="without both", check=held)
+    assert ledger.partitions.finish_erasure(
+        1, 2, changes=ledger.partitions.get(1, 2).changes, membership="without both", check=held
+    )
     partition = ledger.partitions.get(1, 2)
     assert (partition.records, partition.membership, partition.dirty) == (8, "without both", False)
+
+
+def test_who_lost_the_rows_lock_changes_nothing_that_is_expected_of_them(ledger: Ledger) -> None:
+    ledger.partitions.prepare_erasure(1, 2, records=8, subjects=8, membership="without both", check=held)
+    before, late = everything(ledger), ledger.partitions
+    for attempt in (
+        lambda: late.prepare_erasure(1, 2, records=9, subjects=9, membership="without a", check=lost),
+        lambda: late.adopt_prepared(1, 2, membership="without both", check=lost),
+        lambda: late.adopt_files(1, 2, [0], check=lost),
+        lambda: late.finish_erasure(1, 2, changes=0, membership="without both", check=lost),
+    ):
+        with pytest.raises(LostLockError):
+            attempt()
+    for attempt in (
+        lambda: late.adopt_prepared(1, 2, membership="without a", check=held),
+        lambda: late.finish_erasure(1, 2, changes=0, membership="without a", check=held),
+    ):
+        with pytest.raises(StaleError, match="something else was prepared"):
+            attempt()
+    assert everything(ledger) == before
+    late.finish_erasure(1, 2, changes=0, membership="without both", check=held)
+    with pytest.raises(StaleError):  # nothing is prepared any more
+        late.adopt_prepared(1, 2, membership="without both", check=held)
+    assert late.get(1, 2).membership == "without both"
 
 
 def test_publishing_the_same_members_makes_no_new_version(ledger: Ledger) -> None:

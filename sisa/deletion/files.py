@@ -56,7 +56,7 @@ def erase_files(store: OpenStore, expected: Partition, lock: Held) -> None:
     keys = shard_keys(store.keys.routing, shard)
     heads = read_heads(store.layout, keys, slice_, of)
     found = heads.by_file()
-    _adopt(store, expected, heads, found)
+    _adopt(store, expected, heads, found, lock)
     exclusions = store.ledger.requests.exclusions().keys()
     keep_N = ~unwanted(store, heads, exclusions)
     remember_unseen(store, heads, ~keep_N)
@@ -66,13 +66,15 @@ def erase_files(store: OpenStore, expected: Partition, lock: Held) -> None:
     left_ids = np.concatenate([heads.id_digests_N16[keep_N], *(rows.ids_N16 for rows in arriving)])
     left_contents = np.concatenate([heads.content_digests_N16[keep_N], *(rows.contents_N16 for rows in arriving)])
     people = [heads.table[SUBJECT].filter(pa.array(keep_N)), *(rows.table[SUBJECT] for rows in arriving)]
+    left = membership(left_ids, left_contents)
     store.ledger.partitions.prepare_erasure(
         shard,
         slice_,
         records=len(left_ids),
         subjects=len(pa.chunked_array([c for column in people for c in column.chunks], pa.string()).unique()),
-        membership=membership(left_ids, left_contents),
+        membership=left,
         files={number: _left_in(heads, keep_N, arriving, number) for number in touched},
+        check=lock.check,
     )
     for number in touched:
         rows = read_file(store.layout, store.recipe, keys, Part(shard, slice_, number, of))
@@ -90,10 +92,12 @@ def erase_files(store: OpenStore, expected: Partition, lock: Held) -> None:
             np.concatenate([rows.content_digests_N16[stay_N], *contents]),
         )
     lock.check()  # else whoever holds it by now may have erased more, and these files are older than the ledger says
-    store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
+    store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes, membership=left, check=lock.check)
 
 
-def _adopt(store: OpenStore, expected: Partition, heads: PartitionRows, found: tuple[tuple[int, str], ...]) -> None:
+def _adopt(
+    store: OpenStore, expected: Partition, heads: PartitionRows, found: tuple[tuple[int, str], ...], lock: Held
+) -> None:
     """Make sure that each file is one that the ledger knows, and write down which were replaced by somebody who was killed.
 
     Raises:
@@ -103,11 +107,13 @@ def _adopt(store: OpenStore, expected: Partition, heads: PartitionRows, found: t
     if not known and not is_older(store, heads, expected):
         raise rows_damage(store, expected.shard, expected.slice)
     if heads.membership == expected.next_membership:
-        store.ledger.partitions.adopt_prepared(expected.shard, expected.slice)
+        store.ledger.partitions.adopt_prepared(
+            expected.shard, expected.slice, membership=heads.membership, check=lock.check
+        )
         return
     done = [n for n, file in enumerate(expected.files) if file.next_membership == found[n][1]]
     if done:
-        store.ledger.partitions.adopt_files(expected.shard, expected.slice, done)
+        store.ledger.partitions.adopt_files(expected.shard, expected.slice, done, check=lock.check)
 
 
 def _arriving(

@@ -125,7 +125,7 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
     if rows.membership == expected.next_membership:
         # Killed after the file was replaced and before that was written down. If it stayed so, a second kill
         # after the next preparation would leave rows on disk that the ledger expects no more.
-        store.ledger.partitions.adopt_prepared(shard, slice_)
+        store.ledger.partitions.adopt_prepared(shard, slice_, membership=rows.membership, check=lock.check)
     on_disk = rows.membership
     keep_N, _ = _survivors(store, rows)
     remember_unseen(store, rows, ~keep_N)
@@ -137,12 +137,13 @@ def _erase_once(store: OpenStore, expected: Partition, lock: Held) -> None:
         records=int(keep_N.sum()),
         subjects=len(rows.table[SUBJECT].filter(pa.array(keep_N)).unique()),
         membership=left,
+        check=lock.check,
     )
     if left != on_disk:
         lock.check()
         rewrite_partition(store.layout, shard, slice_, keep_N, rows)
     lock.check()  # else whoever holds it by now may have erased more, and this file is older than the ledger says
-    store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes)
+    store.ledger.partitions.finish_erasure(shard, slice_, changes=expected.changes, membership=left, check=lock.check)
 
 
 def erase_restored(store: OpenStore) -> DamagedError | None:

@@ -11,9 +11,10 @@ of it or what was prepared: so its lines tell what a killed erasure left, file b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from sisa.errors import StaleError
 from sisa.ledger.database import Database, Row
 
 
@@ -116,6 +117,7 @@ class Partitions:
         subjects: int,
         membership: str,
         files: Mapping[int, tuple[int, str]] | None = None,
+        check: Callable[[], None],
     ) -> None:
         """Write down what the slice will hold, before a file of it is replaced.
 
@@ -126,8 +128,10 @@ class Partitions:
             subjects: How many owners.
             membership: Digest of them.
             files: The same of those of several files that will be replaced, by number.
+            check: Makes sure, when others have to wait for their turn to write, that the rows' lock is still held.
         """
         with self._db.transaction():
+            check()
             self._db.rows(
                 "UPDATE partition_files SET next_records = NULL, next_membership = NULL"
                 " WHERE shard = ? AND slice = ? AND next_membership IS NOT NULL",
@@ -142,13 +146,18 @@ class Partitions:
                 (records, subjects, membership, shard, slice_),
             )
 
-    def finish_erasure(self, shard: int, slice_: int, *, changes: int) -> bool:
+    def finish_erasure(
+        self, shard: int, slice_: int, *, changes: int, membership: str, check: Callable[[], None]
+    ) -> bool:
         """Make the prepared content the expected one; say whether the slice is clean now.
 
         It is not if another deletion was accepted for it after ``changes`` was read.
+
+        Raises:
+            StaleError: Something else than ``membership`` is prepared.
         """
         with self._db.transaction():
-            self.adopt_prepared(shard, slice_)
+            self.adopt_prepared(shard, slice_, membership=membership, check=check)
             self._db.rows(
                 "UPDATE partitions SET dirty = CASE WHEN changes = ? THEN 0 ELSE 1 END WHERE shard = ? AND slice = ?",
                 (changes, shard, slice_),
@@ -158,19 +167,31 @@ class Partitions:
             self._db.rows("DELETE FROM waiting WHERE shard = ? AND slice = ?", (shard, slice_))  # it is merged
             return True
 
-    def adopt_prepared(self, shard: int, slice_: int) -> None:
-        """Make the prepared content the expected one, since the file holds it; the slice stays dirty."""
+    def adopt_prepared(self, shard: int, slice_: int, *, membership: str, check: Callable[[], None]) -> None:
+        """Make the prepared content the expected one, since the file holds it; the slice stays dirty.
+
+        Raises:
+            StaleError: Something else than ``membership`` is prepared: somebody was late, or is by now.
+        """
         with self._db.transaction():
-            self._db.rows(
+            check()
+            adopted = self._db.rows(
                 "UPDATE partitions SET records = next_records, subjects = next_subjects, membership = next_membership,"
-                " next_records = NULL, next_subjects = NULL, next_membership = NULL WHERE shard = ? AND slice = ?",
-                (shard, slice_),
+                " next_records = NULL, next_subjects = NULL, next_membership = NULL"
+                " WHERE shard = ? AND slice = ? AND next_membership = ? RETURNING slice",
+                (shard, slice_, membership),
             )
+            if not adopted:
+                raise StaleError(
+                    f"shard {shard}, slice {slice_}: something else was prepared meanwhile",
+                    hint="Run the command again.",
+                )
             self._db.rows(f"{_ADOPT} WHERE shard = ? AND slice = ? AND next_membership IS NOT NULL", (shard, slice_))
 
-    def adopt_files(self, shard: int, slice_: int, numbers: Collection[int]) -> None:
+    def adopt_files(self, shard: int, slice_: int, numbers: Collection[int], *, check: Callable[[], None]) -> None:
         """Make the prepared content of some files the expected one, since they hold it; the slice stays as it is."""
         with self._db.transaction():
+            check()
             self._db.many(
                 f"{_ADOPT} WHERE shard = ? AND slice = ? AND number = ? AND next_membership IS NOT NULL",
                 [(shard, slice_, number) for number in numbers],
