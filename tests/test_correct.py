@@ -16,6 +16,8 @@ from tables import without
 
 from sisa.errors import DamagedError, StoreError, UserError
 from sisa.ledger.requests import Requests
+from sisa.records.grow import grown_recipe
+from sisa.store import correct as correcting
 from sisa.store.store import Store
 
 TABLE = kit.people(12)
@@ -232,6 +234,44 @@ def test_corrected_twice_the_last_one_counts(world: World, folder: Path) -> None
     store.correct(source_of(world, [record]), executor="inline")
     assert bits(store) == bits(world.fresh(folder / "fresh", [record]))
     assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_two_corrections_at_once_are_one_after_the_other(
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is accepted, and not merged yet, when the second looks its row up."""
+    store, record = world.copy(folder / "store"), world.records[0, 1][0]
+    first, second = source_of(world, [record], name="first", by=7.0), source_of(world, [record])
+    settle, asked = correcting.settle_all, []
+
+    def settled(*arguments: Any) -> Any:
+        done = settle(*arguments)
+        if not asked:
+            other = kit.reopened(root_of(store)).opened
+            asked.append(correcting._accepted(other, grown_recipe(other.recipe, str(first)), ""))
+        return done
+
+    monkeypatch.setattr(correcting, "settle_all", settled)
+    assert store.correct(second, executor="inline").state == "repaired"
+    assert asked[0][0].state == "accepted"
+    assert bits(store) == bits(world.fresh(folder / "fresh", [record]))
+    assert store.verify(replay="all", executor="inline").problems == []
+
+
+def test_an_older_file_is_no_content_to_be_corrected(world: World, folder: Path) -> None:
+    store, record = world.copy(folder / "store"), world.records[0, 1][0]
+    rows = root_of(store) / "records/shard=0000/slice=01/part-00000.parquet"
+    old = rows.read_bytes()
+    store.correct(source_of(world, [record], by=7.0), executor="inline")
+    new = rows.read_bytes()
+    rows.write_bytes(old)
+    before = store.opened.ledger.requests.all()
+    with pytest.raises(DamagedError):
+        store.correct(source_of(world, [record]), executor="inline")
+    assert store.opened.ledger.requests.all() == before
+    rows.write_bytes(new)
+    assert store.correct(source_of(world, [record]), executor="inline").state == "repaired"
+    assert bits(store) == bits(world.fresh(folder / "fresh", [record]))
 
 
 def test_rows_that_can_not_be_searched_refuse_a_correction(world: World, folder: Path) -> None:

@@ -514,6 +514,7 @@ def test_the_ledger_is_asked_once_a_turn_and_in_the_next_a_revoked_token_is_refu
 
 def test_a_turn_that_never_ended_lets_nobody_in_later(kit):
     text = kit.token("read")
+    kit.ledger().tokens.used(kit.ledger().tokens.find(text))  # else a thread would write that, beside the loop
     door = Door(kit.ledger)
     request = Request({"type": "http", "headers": [(b"authorization", f"Bearer {text}".encode())]})
 

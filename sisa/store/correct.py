@@ -20,6 +20,7 @@ import pyarrow as pa
 from sisa.coordination import Held
 from sisa.deletion.accept import Accepted, check_reason, ids_of
 from sisa.deletion.confirm import await_replicas
+from sisa.deletion.files import rows_damage
 from sisa.deletion.incoming import begin_incoming, end_incoming, is_incoming, sweep_held
 from sisa.deletion.settle import settle, settle_all
 from sisa.errors import SisaError, StaleError, StoreError, UserError
@@ -197,6 +198,20 @@ def _rows_of(opened: OpenStore, recipe: Recipe) -> pa.Table:
     return table
 
 
+def _check_settled(opened: OpenStore, place: tuple[int, int], held: PartitionRows) -> None:
+    """Make sure that rows say what they are to say from now on: whoever corrects them again supersedes just that.
+
+    Raises:
+        StaleError: They are to be erased, or an accepted correction of some of them isn't merged yet.
+        DamagedError: They are others than the ledger expects.
+    """
+    expected = opened.ledger.partitions.get(*place)
+    if expected.dirty or opened.ledger.requests.waiting(*place):
+        raise StaleError("rows of an earlier request are still on their way")
+    if held.membership != expected.membership:
+        raise rows_damage(opened, *place)
+
+
 def _looked_up(opened: OpenStore, table: pa.Table) -> _Found:
     """Find each row of the table in the store.
 
@@ -215,6 +230,7 @@ def _looked_up(opened: OpenStore, table: pa.Table) -> _Found:
                 continue
             keys = shard_keys(opened.keys.routing, partition.shard)
             held = read_partition(opened.layout, opened.recipe, keys, *place)
+            _check_settled(opened, place, held)
         left -= here
         _compare(opened, place, held, found=found, table=table, index=index)
     problems = [
