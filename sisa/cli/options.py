@@ -18,7 +18,7 @@ NEGATIVE = re.compile(r"-\d+")
 
 def store_option(function: F) -> F:
     """Add ``--store``."""
-    return click.option("--store", required=True, metavar="URI", help="Folder of the store.")(function)
+    return click.option("--store", required=True, metavar="URI", help="Folder, or s3://BUCKET/PREFIX.")(function)
 
 
 def json_option(function: F) -> F:

@@ -274,10 +274,9 @@ def ids_of(
 def _check_there(
     store: OpenStore, expected: Partition, where: str, there: int, wanted: tuple[int | None, int | None]
 ) -> None:
-    lost = there not in wanted
-    if (
-        lost and store.ledger.partitions.get(expected.shard, expected.slice) == expected
-    ):  # else a deletion came in between
+    if there in wanted:
+        return
+    if store.ledger.partitions.get(expected.shard, expected.slice) == expected:  # else a deletion came in between
         raise DamagedError(
             f"{where} has {there} rows on disk, not the {wanted[0]} that the ledger expects",
             hint="Restore the file from a copy, then run `sisa repair`; `sisa verify` lists what is wrong.",
